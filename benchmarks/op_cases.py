@@ -1,0 +1,113 @@
+"""What `benchmarks.run` times at the level of single ops: every function of `edm2ext.ops` on the shapes EDM2 uses."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import edm2ext
+from edm2ext import ops
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `work` is run under each backend in turn."""
+
+    name: str
+    work: Work
+
+
+def forward(function: Callable[..., object], *args: object) -> Work:
+    def run() -> object:
+        with torch.no_grad():
+            return function(*args)
+
+    return run
+
+
+def forward_backward(function: Callable[..., object], *args: object) -> Work:
+    """Forward and backward with gradients for every floating-point argument; the incoming gradient is drawn once."""
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    wanted = [a for a in leaves if isinstance(a, Tensor)]
+
+    def outputs() -> list[Tensor]:
+        result = function(*leaves)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    grads = [torch.randn_like(out) for out in outputs()]
+
+    def run() -> object:
+        return torch.autograd.grad(outputs(), wanted, grads)
+
+    return run
+
+
+def both_directions(name: str, function: Callable[..., object], *args: object) -> Iterator[Case]:
+    yield Case(f"{name}, forward", forward(function, *args))
+    yield Case(f"{name}, forward + backward", forward_backward(function, *args))
+
+
+def activation(n: int, channels: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    return torch.randn(n, channels, size, size).to(dtype).to(memory_format=layout)
+
+
+def activation_cases(n: int, channels: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Iterator[Case]:
+    label = f"{n}×{channels}×{size}×{size} {str(dtype).split('.')[1]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+    a, b = (activation(n, channels, size, dtype, layout) for _ in range(2))
+    c = (torch.randn(n, channels) * 0.1 + 1).to(dtype)
+    yield from both_directions(f"pixel_norm {label}", ops.pixel_norm, a)
+    yield from both_directions(f"pixel_norm + mp_silu {label}", partial(ops.pixel_norm, silu=True), a)
+    yield from both_directions(f"mp_silu {label}", ops.mp_silu, a)
+    yield from both_directions(f"mp_silu_modulated {label}", ops.mp_silu_modulated, a, c)
+    yield from both_directions(f"mp_sum {label}", partial(ops.mp_sum, t=0.3), a, b)
+    yield from both_directions(f"mp_sum, clipped {label}", partial(ops.mp_sum, t=0.3, clip=256.0), a, b)
+    yield from both_directions(f"mp_cat {label}", ops.mp_cat, a, b)
+    yield from both_directions(f"mp_cat + mp_silu {label}", partial(ops.mp_cat, silu=True), a, b)
+    yield from both_directions(f"resample_down {label}", ops.resample_down, a)
+    yield from both_directions(f"resample_up {label}", ops.resample_up, a)
+    qkv = activation(n, 3 * channels, size, dtype, layout)
+    yield from both_directions(f"cosine_attention {label}", partial(ops.cosine_attention, num_heads=channels // 32), qkv)
+    w = torch.randn(channels, channels, 3, 3)
+    yield from both_directions(f"mp_conv2d 3×3 {label}", ops.mp_conv2d, a, w, torch.tensor(0.9))
+
+
+def vector_cases() -> Iterator[Case]:
+    x = torch.randn(32)
+    freqs, phases = torch.randn(128), torch.rand(128)
+    yield from both_directions("mp_fourier 32 → 32×128", ops.mp_fourier, x, freqs, phases)
+    yield from both_directions("mp_linear 32×128 → 32×128", ops.mp_linear, torch.randn(32, 128), torch.randn(128, 128))
+    yield from both_directions("mp_sum 32×128", ops.mp_sum, torch.randn(32, 128), torch.randn(32, 128))
+    yield from both_directions("mp_silu 32×128", ops.mp_silu, torch.randn(32, 128))
+
+
+def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
+    """`weights`: the weight tensors of a whole network."""
+    millions = sum(w.numel() for w in weights) / 1e6
+    label = f"{len(weights)} tensors, {millions:.1f} M"
+    largest = max(weights, key=Tensor.numel)
+    gains = [torch.tensor(0.9) for _ in weights]
+    yield from both_directions(f"normalize_weight {tuple(largest.shape)}", ops.normalize_weight, largest)
+    yield from both_directions(f"effective_weight {tuple(largest.shape)}", ops.effective_weight, largest, torch.tensor(0.9))
+    yield Case(f"effective_weight {label}, forward", forward(ops.effective_weight, weights, gains))
+    yield Case(f"force_normalize_ {label}", forward(ops.force_normalize_, [w.clone() for w in weights]))
+    emas = [[w.clone() for w in weights] for _ in range(2)]
+    yield Case(f"ema_update_ 2 profiles, {label}", forward(ops.ema_update_, emas, weights, [0.01, 0.02]))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        inputs = [torch.randn(1 << 20).to(dtype) for _ in range(8)]
+        coefs = torch.randn(8, 6, dtype=torch.float64).numpy()
+        name = f"accumulate_snapshots 8 → 6, 1 M {str(dtype).split('.')[1]}"
+        yield Case(name, forward(ops.accumulate_snapshots, inputs, coefs))
+
+
+def all_cases(weights: list[Tensor]) -> Iterator[Case]:
+    edm2ext.set_backend("auto")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from activation_cases(32, 64, 16, dtype, layout)
+            yield from activation_cases(2, 32, 8, dtype, layout)
+    yield from vector_cases()
+    yield from weight_cases(weights)
