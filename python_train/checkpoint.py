@@ -1,0 +1,179 @@
+"""Files of a run: snapshots for use (safetensors), training states for resuming (torch zip), both written whole.
+
+A snapshot holds one averaged network in float16 with a JSON header under the metadata key ``edm2`` (spec 5.3);
+a training state holds everything that the next iteration depends on (spec 9.6) and loads with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from python_train import UserError
+from python_train.network import Precond
+
+FORMAT_VERSION = 1
+HEADER_KEYS = ("format_version", "config", "nimg", "sigma_rel", "ema_kind", "dataset", "encoder")
+_STATE_NAME = re.compile(r"training-state-(\d{7,})\.pt")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``; on success it is synced to disk and renamed to ``path``.
+
+    A reader sees the old file or the whole new one, never a part. On any failure the temporary file is removed and
+    the error passes on; an OSError becomes one that names ``path`` (disk full, no permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def snapshot_name(nimg: int, sigma_rel: float, prefix: str = "network-snapshot") -> str:
+    """File name of a snapshot, e.g. ``network-snapshot-0000128-0.050.safetensors`` (spec 5.3)."""
+    return f"{prefix}-{nimg // 1000:07d}-{sigma_rel:.3f}.safetensors"
+
+
+def save_snapshot(
+    path: str | os.PathLike[str],
+    net: Precond,
+    *,
+    nimg: int,
+    sigma_rel: float,
+    ema_kind: str,
+    dataset: dict[str, Any],
+    encoder: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+    parameters: Sequence[Tensor] | None = None,
+) -> None:
+    """Write one network as float16 with its facts (spec 5.3).
+
+    ``parameters`` replace ``net.parameters()`` in that order (an EMA profile); buffers are the network's own.
+    ``ema_kind`` is ``"power"`` (tracked in training) or ``"phema"`` (reconstructed); ``extra`` adds header keys.
+    """
+    header = {
+        "format_version": FORMAT_VERSION,
+        "config": net.config,
+        "nimg": nimg,
+        "sigma_rel": sigma_rel,
+        "ema_kind": ema_kind,
+        "dataset": dataset,
+        "encoder": encoder,
+        **(extra or {}),
+    }
+    state = net.state_dict()
+    if parameters is not None:
+        names = [name for name, _ in net.named_parameters()]
+        if len(names) != len(parameters):
+            raise ValueError(f"save_snapshot: expected {len(names)} parameters, got {len(parameters)}")
+        state.update(zip(names, parameters))
+    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
+    blob = safetensors.torch.save(tensors, metadata={"edm2": json.dumps(header)})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(blob)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON header of a snapshot. Raises UserError naming the file if it is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such snapshot: {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+    try:
+        header = json.loads(metadata["edm2"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a snapshot of this program: its metadata has no 'edm2' header") from error
+    missing = [key for key in HEADER_KEYS if key not in header]
+    if missing:
+        raise UserError(f"{path}: the snapshot header lacks {', '.join(missing)}")
+    if header["format_version"] > FORMAT_VERSION:
+        raise UserError(f"{path} has format version {header['format_version']}; this program reads {FORMAT_VERSION}")
+    return header
+
+
+def load_snapshot(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[Precond, dict[str, Any]]:
+    """Load a snapshot as ``(network in eval mode with fp32 weights and no gradients, header)``.
+
+    Raises UserError naming the file if it is missing, truncated, or its tensors do not fit its own configuration.
+    """
+    header = read_header(path)
+    try:
+        tensors = safetensors.torch.load_file(path, device="cpu")
+        with torch.device("meta"):
+            net = Precond(**header["config"])
+        state = {name: value.to(device, torch.float32) for name, value in tensors.items()}
+        net.load_state_dict(state, assign=True)
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{path}: the snapshot is damaged or does not fit its configuration ({error})") from error
+    return net.eval().requires_grad_(False), header
+
+
+def state_name(nimg: int) -> str:
+    """File name of a training state, e.g. ``training-state-0000128.pt``."""
+    return f"training-state-{nimg // 1000:07d}.pt"
+
+
+def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a training state (tensors, numbers, strings, lists and dicts only) atomically."""
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk this way
+            raise OSError(28, f"{error}") from error
+
+
+def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """The training states of a run, newest first."""
+    matches = [(match, path) for path in Path(run_dir).iterdir() if (match := _STATE_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(matches, key=lambda item: int(item[0][1]), reverse=True)]
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a training state on the CPU. Raises UserError if the file is truncated or any byte of it has changed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself does not compare the stored checksums
+        if damaged is not None:
+            raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error})") from error
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} is not a training state of this program's format {FORMAT_VERSION}")
+    return state

@@ -1,0 +1,294 @@
+"""The EDM2 denoiser: block, U-Net and preconditioning (spec sections 2.8-3.4; EDM2 paper, configuration G).
+
+Parameter names, shapes and order are the official state-dict layout (spec 9.5), and construction draws random
+numbers in definition order (spec 4.6), so weights load by name and a seed gives the same network everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from edm2ext import ops
+from edm2ext.nn import MPConv, MPFourier, MPLinear
+
+
+class Block(torch.nn.Module):
+    """One residual block with optional resampling and cosine self-attention (spec 3.2).
+
+    ``flavor="enc"`` projects with a 1x1 convolution and pixel-normalises before the residual branch; ``flavor="dec"``
+    feeds the residual branch with the wide input and projects the main branch after it. Attention is asked for by
+    ``attention`` and exists only where ``out_channels // channels_per_head`` is positive.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        flavor: Literal["enc", "dec"] = "enc",
+        resample_mode: Literal["keep", "up", "down"] = "keep",
+        resample_filter: Sequence[float] = (1, 1),
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ) -> None:
+        super().__init__()
+        if flavor not in ("enc", "dec"):
+            raise ValueError(f"Block: flavor must be 'enc' or 'dec', got {flavor!r}")
+        if resample_mode not in ("keep", "up", "down"):
+            raise ValueError(f"Block: resample_mode must be 'keep', 'up' or 'down', got {resample_mode!r}")
+        self.flavor = flavor
+        self.resample_mode = resample_mode
+        self.resample_filter = tuple(resample_filter)
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        if self.num_heads and out_channels % self.num_heads:
+            raise ValueError(f"Block: {out_channels} channels cannot be split into {self.num_heads} attention heads")
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.emb_gain = torch.nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, kernel_size=3)
+        self.emb_linear = MPLinear(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, kernel_size=3)
+        self.conv_skip = MPConv(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel_size=1) if self.num_heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, kernel_size=1) if self.num_heads else None
+
+    def forward(self, x: Tensor, emb: Tensor, x_silu: Tensor | None = None) -> Tensor:
+        """Map x [N, in_channels, H, W] and emb [N, emb_channels] (fp32) to [N, out_channels, H', W'] in x's dtype.
+
+        ``x_silu`` is ``mp_silu(x)`` where the caller has it already (decoder blocks that keep the resolution:
+        the concatenation with the skip emits it in the same pass).
+        """
+        if self.resample_mode == "down":
+            x = ops.resample_down(x, self.resample_filter)
+        elif self.resample_mode == "up":
+            x = ops.resample_up(x, self.resample_filter)
+        if self.flavor == "enc":
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x, x_silu = ops.pixel_norm(x, silu=True)
+        elif x_silu is None:
+            x_silu = ops.mp_silu(x)
+
+        y = self.conv_res0(x_silu)
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = ops.mp_silu_modulated(y, c.to(y.dtype))
+        if self.training and self.dropout > 0:
+            y = torch.nn.functional.dropout(y, p=self.dropout)
+        y = self.conv_res1(y)
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = ops.mp_sum(x, y, t=self.res_balance, clip=None if self.num_heads else self.clip_act)
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            y = self.attn_proj(ops.cosine_attention(self.attn_qkv(x), self.num_heads))
+            x = ops.mp_sum(x, y, t=self.attn_balance, clip=self.clip_act)
+        return x
+
+
+class UNet(torch.nn.Module):
+    """The raw network F (spec 3.1, 3.3): embedding, encoder with skips, decoder, output convolution.
+
+    Further keyword arguments go to every :class:`Block`. Non-square inputs are legal as long as both sides are
+    divisible by ``2 ** (len(channel_mult) - 1)``.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int = 192,
+        channel_mult: Sequence[float] = (1, 2, 3, 4),
+        channel_mult_noise: float | None = None,
+        channel_mult_emb: float | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        **block_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.stride = 2 ** (len(channel_mult) - 1)
+        if img_resolution % self.stride:
+            raise ValueError(
+                f"UNet: img_resolution {img_resolution} is not divisible by {self.stride}, which the "
+                f"{len(channel_mult)} levels of channel_mult {list(channel_mult)} need"
+            )
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        widths = [int(model_channels * mult) for mult in channel_mult]
+        cnoise = int(model_channels * channel_mult_noise) if channel_mult_noise is not None else widths[0]
+        cemb = int(model_channels * channel_mult_emb) if channel_mult_emb is not None else max(widths)
+
+        self.out_gain = torch.nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPLinear(cnoise, cemb)
+        self.emb_label = MPLinear(label_dim, cemb) if label_dim else None
+
+        self.enc = torch.nn.ModuleDict()
+        skip_widths: list[int] = []
+        width = img_channels + 1
+        for level, level_width in enumerate(widths):
+            res = img_resolution >> level
+            attention = res in attn_resolutions
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(width, level_width, kernel_size=3)
+                width = level_width
+            else:
+                self.enc[f"{res}x{res}_down"] = Block(width, width, cemb, "enc", "down", **block_kwargs)
+            skip_widths.append(width)
+            for index in range(num_blocks):
+                self.enc[f"{res}x{res}_block{index}"] = Block(
+                    width, level_width, cemb, "enc", attention=attention, **block_kwargs
+                )
+                width = level_width
+                skip_widths.append(width)
+
+        self.dec = torch.nn.ModuleDict()
+        for level, level_width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            attention = res in attn_resolutions
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = Block(width, width, cemb, "dec", attention=True, **block_kwargs)
+                self.dec[f"{res}x{res}_in1"] = Block(width, width, cemb, "dec", **block_kwargs)
+            else:
+                self.dec[f"{res}x{res}_up"] = Block(width, width, cemb, "dec", "up", **block_kwargs)
+            for index in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{index}"] = Block(
+                    width + skip_widths.pop(), level_width, cemb, "dec", attention=attention, **block_kwargs
+                )
+                width = level_width
+        self.out_conv = MPConv(width, img_channels, kernel_size=3)
+
+    def embedding(self, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Noise level [N] or [1] and one-hot labels [N or 1, label_dim] to emb [N or 1, cemb], fp32 (spec 3.1)."""
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            if class_labels is None:
+                class_labels = torch.zeros([1, self.label_dim], device=emb.device)
+            labels = self.emb_label(class_labels * self.label_dim**0.5)
+            emb, labels = torch.broadcast_tensors(emb, labels)
+            emb = ops.mp_sum(emb, labels, t=self.label_balance)
+        return ops.mp_silu(emb)
+
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """F(x): x [N, img_channels, H, W] in the compute dtype; noise_labels [N] or [1] and class_labels
+        [N or 1, label_dim] in fp32. Returns [N, img_channels, H, W] in x's dtype."""
+        emb = self.embedding(noise_labels, class_labels).expand(x.shape[0], -1)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips: list[Tensor] = []
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, Block) else block(x)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "block" in name:
+                x, x_silu = ops.mp_cat(x, skips.pop(), t=self.concat_balance, silu=True)
+                x = block(x, emb, x_silu)
+            else:
+                x = block(x, emb)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+class Precond(torch.nn.Module):
+    """Preconditioned denoiser D(x; sigma, c) with learned uncertainty u(sigma) (spec 3.4; EDM2 paper Eqs. 4-8, 14).
+
+    ``unet_kwargs`` go to :class:`UNet`. ``config`` records the constructor's arguments; ``Precond(**net.config)``
+    builds the same network. ``compute_dtype`` is the dtype of the U-Net's main path: float16 with ``use_fp16``, else
+    float32; training in bfloat16 sets it. float16 falls back to float32 where the device is not CUDA.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        use_fp16: bool = True,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+            "use_fp16": use_fp16,
+            "sigma_data": sigma_data,
+            "logvar_channels": logvar_channels,
+            **unet_kwargs,
+        }
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_data = sigma_data
+        self.compute_dtype = torch.float16 if use_fp16 else torch.float32
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPLinear(logvar_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        return_logvar: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Denoise x [N, img_channels, H, W] at noise level sigma (scalar, [1] or [N], any shape).
+
+        ``class_labels`` [N or 1, label_dim] one-hot: a conditional network called without them sees zeros, an
+        unconditional one ignores them. Returns D [N, img_channels, H, W] in fp32, and with ``return_logvar``
+        also u [N or 1, 1, 1, 1]. Raises ValueError where shapes do not fit.
+        """
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+        class_labels = self._check(x, sigma, class_labels)
+        x = x.to(torch.float32)
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+        c_in = 1 / (self.sigma_data**2 + sigma**2).sqrt()
+        c_noise = sigma.flatten().log() / 4
+
+        dtype = self.compute_dtype
+        if force_fp32 or (dtype == torch.float16 and x.device.type != "cuda"):
+            dtype = torch.float32
+        F_x = self.unet((c_in * x).to(dtype, memory_format=self._memory_format()), c_noise, class_labels)
+        D_x = c_skip * x + c_out * F_x.to(torch.float32)
+        if not return_logvar:
+            return D_x
+        return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+    def _memory_format(self) -> torch.memory_format:
+        """The activations follow the weights: ``net.to(memory_format=torch.channels_last)`` switches both."""
+        weight = self.unet.out_conv.weight
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return torch.channels_last if channels_last else torch.contiguous_format
+
+    def _check(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor | None:
+        """Validate the call's shapes and return the labels the U-Net shall see."""
+        stride = self.unet.stride
+        if x.ndim != 4 or x.shape[1] != self.img_channels:
+            raise ValueError(f"Precond: x must be [N, {self.img_channels}, H, W], got {list(x.shape)}")
+        if x.shape[2] % stride or x.shape[3] % stride:
+            raise ValueError(f"Precond: height and width of x must be divisible by {stride}, got {list(x.shape[2:])}")
+        if sigma.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"Precond: sigma must have 1 or {x.shape[0]} elements, got {sigma.shape[0]}")
+        if self.label_dim == 0 or class_labels is None:
+            return None
+        labels = class_labels.to(torch.float32).reshape(-1, class_labels.shape[-1])
+        if labels.shape[1] != self.label_dim or labels.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"Precond: class_labels must be [{x.shape[0]} or 1, {self.label_dim}], got {list(class_labels.shape)}"
+            )
+        return labels
