@@ -1,0 +1,137 @@
+"""Which implementation serves a call: the native kernels or the plain-torch reference."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from edm2ext import _library
+
+Backend = Literal["auto", "native", "reference"]
+_BACKENDS = ("auto", "native", "reference")
+_backend: Backend = "auto"
+
+# fp16 on the CPU is left to the reference: the CPU kernels have no fp16 arithmetic. On CUDA fp64 is.
+_CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+_CUDA_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class set_backend:
+    """Choose the backend for the whole process: "auto" (the default), "native" or "reference".
+
+    "auto" serves each call by a native kernel where there is one for its device and dtype, and by the reference
+    elsewhere. "native" does the same, but raises RuntimeError here and now if the native library is missing. Takes
+    effect at once; used in a `with` statement, the previous choice returns at the end of the block. Raises ValueError
+    for any other name.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        global _backend
+        if backend not in _BACKENDS:
+            raise ValueError(
+                f"set_backend: backend must be one of {', '.join(_BACKENDS)}, got {backend!r}"
+            )
+        if backend == "native" and not _library.LOADED:
+            raise RuntimeError(
+                f"set_backend: the native library is not available: {_library.REASON}"
+            )
+        self._previous = _backend
+        _backend = backend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def get_backend() -> Backend:
+    """The backend chosen by `set_backend`."""
+    return _backend
+
+
+def op(name: str) -> Callable[..., Any] | None:
+    """The native op `edm2::name`, or None without a native library."""
+    return getattr(torch.ops.edm2, name).default if _library.LOADED else None
+
+
+def fake(name: str) -> Callable[[_Function], _Function]:
+    """Decorator: the function computes the metadata (shape, strides, dtype) of the native op's outputs."""
+
+    def register(function: _Function) -> _Function:
+        return (
+            torch.library.register_fake(f"edm2::{name}", function)
+            if _library.LOADED
+            else function
+        )
+
+    return register
+
+
+def has_cuda(*names: str) -> bool:
+    """Whether all the named native ops have a CUDA kernel."""
+    return _library.LOADED and all(_library.has_kernel(name, "cuda") for name in names)
+
+
+def native(x: Tensor, on_cuda: bool) -> bool:
+    """Whether native kernels serve a call on x; on_cuda says whether they exist for CUDA. Meta tensors count as CUDA.
+
+    Forward-mode AD and functorch transforms need formulas that torch can look into: outside of torch.compile, which
+    differentiates by itself, they take the reference.
+    """
+    if _backend == "reference" or not _library.LOADED:
+        return False
+    if x.is_cpu:
+        supported = x.dtype in _CPU_DTYPES
+    else:
+        supported = (
+            on_cuda and x.device.type in ("cuda", "meta") and x.dtype in _CUDA_DTYPES
+        )
+    return supported and not transforming()
+
+
+def transforming() -> bool:
+    """Whether a forward-mode level or a functorch transform is active in eager mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def differentiating_backward() -> bool:
+    """Whether a backward pass must itself be differentiable: it then takes the reference formula."""
+    return (
+        torch.is_grad_enabled() or transforming()
+    ) and not torch.compiler.is_compiling()
+
+
+def reference_vjp(
+    function: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    needs_grad: tuple[bool, ...],
+    grads: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product of function at inputs, as a differentiable function of inputs and grads."""
+    wanted = [x for x, needed in zip(inputs, needs_grad, strict=True) if needed]
+    with torch.enable_grad():
+        outputs = function(*inputs)
+    found = iter(
+        torch.autograd.grad(
+            outputs,
+            wanted,
+            grads,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if needed else None for needed in needs_grad)

@@ -1,0 +1,337 @@
+"""Argument checks shared by every backend: each error names the function, the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def activation(function: str, name: str, x: Tensor) -> None:
+    """`x` is a floating-point tensor [N, C, *]."""
+    floating(function, name, x)
+    if x.dim() < 2:
+        raise ValueError(
+            f"{function}: {name} must be [batch, channels, ...], got shape {list(x.shape)}"
+        )
+
+
+def floating(function: str, name: str, x: Tensor) -> None:
+    """`x` is a real floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(
+            f"{function}: {name} must be a floating-point tensor, got {x.dtype}"
+        )
+
+
+def image(function: str, name: str, x: Tensor) -> None:
+    """`x` is a floating-point tensor [N, C, H, W]."""
+    floating(function, name, x)
+    if x.dim() != 4:
+        raise ValueError(
+            f"{function}: {name} must be [batch, channels, height, width], got shape {list(x.shape)}"
+        )
+
+
+def weight(function: str, name: str, w: Tensor) -> None:
+    """`w` is a floating-point tensor [out, in, ...] with at least one element in each row."""
+    floating(function, name, w)
+    if w.dim() < 2:
+        raise ValueError(
+            f"{function}: {name} must be [out, in, ...], got shape {list(w.shape)}"
+        )
+    if w.shape[0] > 0 and w.numel() == 0:
+        raise ValueError(
+            f"{function}: {name} must have a fan-in of at least 1, got shape {list(w.shape)}"
+        )
+
+
+def gain(function: str, value: "Tensor | float") -> None:
+    """`value` is a number or a 0-dim floating-point tensor."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{function}: gain must be a number or a 0-dim floating-point tensor, "
+                f"got a tensor of shape {list(value.shape)}, {value.dtype}"
+            )
+    elif not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{function}: gain must be a number or a 0-dim tensor, got {type(value).__name__}"
+        )
+
+
+def modulation(x: Tensor, c: Tensor) -> None:
+    """`x` is [N, C, *], `c` [N, C]."""
+    function = "mp_silu_modulated"
+    activation(function, "x", x)
+    floating(function, "c", c)
+    if c.dim() != 2 or c.shape[0] != x.shape[0] or c.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{function}: c must have shape {list(x.shape[:2])}, got {list(c.shape)}"
+        )
+    _same_device(function, "x", x, "c", c)
+
+
+def blend(function: str, t: float) -> None:
+    """`t` is a blending factor in [0, 1]."""
+    if not 0 <= t <= 1:
+        raise ValueError(f"{function}: t must be in [0, 1], got {t}")
+
+
+def promoted(function: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`a` and `b` in one floating-point dtype: under autocast the wider of the two, otherwise they must agree."""
+    floating(function, "a", a)
+    floating(function, "b", b)
+    if a.dtype != b.dtype:
+        device = a.device.type
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            raise TypeError(
+                f"{function}: a and b must have one dtype, got {a.dtype} and {b.dtype}"
+            )
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    _same_device(function, "a", a, "b", b)
+    return a, b
+
+
+def _same_device(function: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(
+            f"{function}: {name_a} and {name_b} must be on one device, got {a.device} and {b.device}"
+        )
+
+
+def sum_arguments(a: Tensor, b: Tensor, t: float, clip: float | None) -> None:
+    """`a` and `b` have one shape, `clip` is positive or None."""
+    function = "mp_sum"
+    blend(function, t)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{function}: a and b must have one shape, got {list(a.shape)} and {list(b.shape)}"
+        )
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{function}: clip must be positive or None, got {clip}")
+
+
+def cat_arguments(a: Tensor, b: Tensor, t: float) -> None:
+    """`a` and `b` are [N, C, *] of equal shape but for C, which is at least 1."""
+    function = "mp_cat"
+    blend(function, t)
+    activation(function, "a", a)
+    activation(function, "b", b)
+    if a.dim() != b.dim() or a.shape[0] != b.shape[0] or a.shape[2:] != b.shape[2:]:
+        raise ValueError(
+            f"{function}: a and b must agree in all dimensions but 1, got {list(a.shape)} and {list(b.shape)}"
+        )
+    if a.shape[1] == 0 or b.shape[1] == 0:
+        raise ValueError(
+            f"{function}: a and b must have at least one channel, got {list(a.shape)} and {list(b.shape)}"
+        )
+
+
+def fourier_arguments(x: Tensor, freqs: Tensor, phases: Tensor) -> None:
+    """`x` is [N], `freqs` and `phases` are [C]."""
+    function = "mp_fourier"
+    for name, value in (("x", x), ("freqs", freqs), ("phases", phases)):
+        floating(function, name, value)
+        if value.dim() != 1:
+            raise ValueError(
+                f"{function}: {name} must have one dimension, got shape {list(value.shape)}"
+            )
+    if freqs.shape != phases.shape:
+        raise ValueError(
+            f"{function}: freqs and phases must have one length, got {freqs.shape[0]} and {phases.shape[0]}"
+        )
+
+
+def resample_filter(function: str, taps: Sequence[float]) -> list[float]:
+    """The filter as floats that sum to 1; its length must be even."""
+    values = [float(f) for f in taps]
+    if len(values) == 0 or len(values) % 2 != 0:
+        raise ValueError(
+            f"{function}: filter must have an even number of taps, got {len(values)}"
+        )
+    total = sum(values)
+    if total == 0:
+        raise ValueError(f"{function}: filter must not sum to 0, got {values}")
+    return [f / total for f in values]
+
+
+def down_size(x: Tensor, taps: int) -> None:
+    """Height and width of `x` are at least 2, and cover the filter."""
+    pad = (taps - 1) // 2
+    if min(x.shape[2:]) + 2 * pad < taps:
+        raise ValueError(
+            f"resample_down: x must be at least {taps - 2 * pad} pixels high and wide, got {list(x.shape)}"
+        )
+
+
+def weights_and_gains(
+    w: Sequence[Tensor], gain: "Sequence[Tensor | float] | Tensor | float"
+) -> list[tuple]:
+    """Pairs of weight and gain; one gain stands for all."""
+    weights = list(w)
+    gains = (
+        [gain] * len(weights) if isinstance(gain, (int, float, Tensor)) else list(gain)
+    )
+    if len(gains) != len(weights):
+        raise ValueError(
+            f"effective_weight: gain must have one entry per weight ({len(weights)}), got {len(gains)}"
+        )
+    return list(zip(weights, gains, strict=True))
+
+
+def conv_arguments(
+    x: Tensor,
+    w: Tensor,
+    gain_: "Tensor | float",
+    prepared: bool,
+    padding: "str | int | tuple[int, int]",
+    dilation: "int | tuple[int, int]",
+    groups: int,
+) -> "int | tuple[int, int]":
+    """Check a convolution's arguments and return its padding; "same" is dilation * (kernel size - 1) / 2 on each side."""
+    function = "mp_conv2d"
+    image(function, "x", x)
+    weight(function, "w", w)
+    _prepared(function, gain_, prepared)
+    if w.dim() != 4:
+        raise ValueError(
+            f"{function}: w must be [out, in / groups, height, width], got shape {list(w.shape)}"
+        )
+    if groups < 1 or w.shape[0] % groups != 0:
+        raise ValueError(
+            f"{function}: groups must divide the {w.shape[0]} output channels, got {groups}"
+        )
+    if x.shape[1] != w.shape[1] * groups:
+        raise ValueError(
+            f"{function}: x must have {w.shape[1] * groups} channels for w of shape {list(w.shape)} and groups={groups}, "
+            f"got {x.shape[1]}"
+        )
+    _same_device(function, "x", x, "w", w)
+    if not isinstance(padding, str):
+        return padding
+    if padding != "same":
+        raise ValueError(
+            f'{function}: padding must be "same" or a number of pixels, got "{padding}"'
+        )
+    height, width = w.shape[2:]
+    if height % 2 == 0 or width % 2 == 0:
+        raise ValueError(
+            f'{function}: padding "same" needs an odd kernel size, got {height} x {width}'
+        )
+    dilation_y, dilation_x = (
+        (dilation, dilation) if isinstance(dilation, int) else dilation
+    )
+    return dilation_y * (height // 2), dilation_x * (width // 2)
+
+
+def linear_arguments(
+    x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bool
+) -> None:
+    """`x` is [..., in], `w` [out, in]."""
+    function = "mp_linear"
+    floating(function, "x", x)
+    weight(function, "w", w)
+    _prepared(function, gain_, prepared)
+    if w.dim() != 2:
+        raise ValueError(f"{function}: w must be [out, in], got shape {list(w.shape)}")
+    if x.dim() == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"{function}: x must be [..., {w.shape[1]}] for w of shape {list(w.shape)}, got {list(x.shape)}"
+        )
+    _same_device(function, "x", x, "w", w)
+
+
+def _prepared(function: str, gain_: "Tensor | float", prepared: bool) -> None:
+    if prepared and (isinstance(gain_, Tensor) or gain_ != 1):
+        raise ValueError(
+            f"{function}: gain must be 1 with a prepared weight, whose gain is applied already, got {gain_}"
+        )
+
+
+def heads(function: str, qkv: Tensor, num_heads: int) -> None:
+    """`qkv` is [N, 3*C, *] with C a multiple of the number of heads."""
+    activation(function, "qkv", qkv)
+    if num_heads < 1:
+        raise ValueError(f"{function}: num_heads must be at least 1, got {num_heads}")
+    if qkv.shape[1] == 0 or qkv.shape[1] % (3 * num_heads) != 0:
+        raise ValueError(
+            f"{function}: qkv must have 3 * num_heads * d channels, got {qkv.shape[1]} channels and num_heads={num_heads}"
+        )
+
+
+def ema_lists(
+    emas: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    one_minus_betas: Sequence[float],
+) -> None:
+    """One list of averages per profile, each parallel to `params`."""
+    function = "ema_update_"
+    if len(emas) != len(one_minus_betas):
+        raise ValueError(
+            f"{function}: emas and one_minus_betas must have one entry per profile, "
+            f"got {len(emas)} and {len(one_minus_betas)}"
+        )
+    for weight_ in one_minus_betas:
+        if not 0 <= weight_ <= 1:
+            raise ValueError(
+                f"{function}: one_minus_betas must be in [0, 1], got {weight_}"
+            )
+    for profile, averages in enumerate(emas):
+        if len(averages) != len(params):
+            raise ValueError(
+                f"{function}: emas[{profile}] must have one tensor per parameter ({len(params)}), got {len(averages)}"
+            )
+        for i, (ema, param) in enumerate(zip(averages, params, strict=True)):
+            if ema.shape != param.shape:
+                raise ValueError(
+                    f"{function}: emas[{profile}][{i}] must have its parameter's shape {list(param.shape)}, "
+                    f"got {list(ema.shape)}"
+                )
+            if ema.device != param.device:
+                raise ValueError(
+                    f"{function}: emas[{profile}][{i}] must be on its parameter's device {param.device}, "
+                    f"got {ema.device}"
+                )
+            if not ema.dtype.is_floating_point or not param.dtype.is_floating_point:
+                raise TypeError(
+                    f"{function}: emas[{profile}][{i}] and its parameter must be floating-point tensors, "
+                    f"got {ema.dtype} and {param.dtype}"
+                )
+
+
+def coefficients(coefs: object) -> Tensor:
+    """Snapshot coefficients as a float64 tensor on the CPU."""
+    return torch.as_tensor(coefs, dtype=torch.float64, device="cpu")
+
+
+def snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None) -> None:
+    """N equal-shaped inputs, coefs [N, M], out [M, *] float32."""
+    function = "accumulate_snapshots"
+    if len(inputs) == 0:
+        raise ValueError(f"{function}: inputs must not be empty")
+    first = inputs[0]
+    for i, x in enumerate(inputs):
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(
+                f"{function}: inputs[{i}] must be float16, bfloat16 or float32, got {x.dtype}"
+            )
+        if x.shape != first.shape or x.device != first.device:
+            raise ValueError(
+                f"{function}: inputs[{i}] must be like inputs[0] ({list(first.shape)} on {first.device}), "
+                f"got {list(x.shape)} on {x.device}"
+            )
+    if coefs.dim() != 2 or coefs.shape[0] != len(inputs):
+        raise ValueError(
+            f"{function}: coefs must be [{len(inputs)} inputs, outputs], got shape {list(coefs.shape)}"
+        )
+    if out is not None:
+        shape = (coefs.shape[1], *first.shape)
+        if out.dtype != torch.float32:
+            raise TypeError(f"{function}: out must be float32, got {out.dtype}")
+        if out.shape != shape or out.device != first.device:
+            raise ValueError(
+                f"{function}: out must be {list(shape)} on {first.device}, got {list(out.shape)} on {out.device}"
+            )

@@ -1,0 +1,285 @@
+"""Every function of `edm2ext.ops` in plain torch: a selectable backend, and the yardstick of every test.
+
+All of them are differentiable to any order and in forward mode, and work on any device. Section numbers are those of the
+project's EDM2 specification, equation numbers those of Karras et al., "Analyzing and Improving the Training Dynamics of
+Diffusion Models" (arXiv 2312.02696).
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edm2ext import checks
+
+EPS = 1e-4
+SILU_SCALE = 0.596
+
+
+def pixel_norm(
+    x: Tensor, eps: float = EPS, *, silu: bool = False
+) -> "Tensor | tuple[Tensor, Tensor]":
+    """Normalise each pixel over its channels to unit magnitude (2.10, Eq. 30): x [N, C, *] -> y, or (y, mp_silu(y))."""
+    checks.activation("pixel_norm", "x", x)
+    y = _normalize(x, dims=(1,), eps=eps)
+    return (y, mp_silu(y)) if silu else y
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU divided by its expected magnitude, x * sigmoid(x) / 0.596 (2.2, Eq. 81)."""
+    checks.floating("mp_silu", "x", x)
+    return F.silu(x) / SILU_SCALE
+
+
+def mp_silu_modulated(x: Tensor, c: Tensor) -> Tensor:
+    """mp_silu(x * c) with c [N, C] broadcast over the pixels of x [N, C, *]; c is cast to x's dtype (2.8)."""
+    checks.modulation(x, c)
+    return mp_silu(x * c.to(x.dtype).reshape(*c.shape, *[1] * (x.dim() - 2)))
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float = 0.5, clip: float | None = None) -> Tensor:
+    """Magnitude-preserving blend of equal-shaped a and b (2.3, Eq. 88), optionally clamped to [-clip, clip] (2.13)."""
+    a, b = checks.promoted("mp_sum", a, b)
+    checks.sum_arguments(a, b, t, clip)
+    out = torch.lerp(a, b, t) / math.hypot(1 - t, t)
+    return out if clip is None else out.clamp(-clip, clip)
+
+
+def mp_cat(
+    a: Tensor, b: Tensor, t: float = 0.5, *, silu: bool = False
+) -> "Tensor | tuple[Tensor, Tensor]":
+    """Magnitude-preserving concatenation along dim 1 (2.4, Eq. 103): out, or (out, mp_silu(out))."""
+    a, b = checks.promoted("mp_cat", a, b)
+    checks.cat_arguments(a, b, t)
+    scale_a, scale_b = cat_scales(a.shape[1], b.shape[1], t)
+    out = torch.cat([a * scale_a, b * scale_b], dim=1)
+    return (out, mp_silu(out)) if silu else out
+
+
+def cat_scales(channels_a: int, channels_b: int, t: float) -> tuple[float, float]:
+    """The factors of mp_cat's two inputs (2.4)."""
+    total = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
+    return total * (1 - t) / math.sqrt(channels_a), total * t / math.sqrt(channels_b)
+
+
+def mp_fourier(x: Tensor, freqs: Tensor, phases: Tensor) -> Tensor:
+    """sqrt(2) * cos(x * freqs + phases): x [N], freqs and phases [C] -> [N, C] in x's dtype (2.5, Eq. 75).
+
+    Computed in float32, or in float64 when x is float64.
+    """
+    checks.fourier_arguments(x, freqs, phases)
+    dtype = _compute_dtype(x)
+    angle = x.to(dtype)[:, None] * freqs.to(dtype) + phases.to(dtype)
+    return (math.sqrt(2) * angle.cos()).to(x.dtype)
+
+
+def resample_down(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
+    """Halve height and width of x [N, C, H, W] with a separable filter of even length (2.11)."""
+    taps = checks.resample_filter("resample_down", filter)
+    checks.image("resample_down", "x", x)
+    checks.down_size(x, len(taps))
+    with _autocast_off(x):
+        kernel = _resample_kernel(x, taps, scale=1)
+        return F.conv2d(
+            x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1]
+        )
+
+
+def resample_up(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
+    """Double height and width of x [N, C, H, W] with a separable filter of even length (2.11)."""
+    taps = checks.resample_filter("resample_up", filter)
+    checks.image("resample_up", "x", x)
+    with _autocast_off(x):
+        kernel = _resample_kernel(x, taps, scale=4)
+        return F.conv_transpose2d(
+            x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1]
+        )
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager:
+    """Resampling is no matrix product: it keeps its input's dtype, although a convolution computes it here."""
+    return (
+        nullcontext()
+        if product_dtype(x) == x.dtype
+        else torch.autocast(x.device.type, enabled=False)
+    )
+
+
+def _resample_kernel(x: Tensor, taps: list[float], scale: float) -> Tensor:
+    outer = [[scale * row * column for column in taps] for row in taps]
+    return torch.tensor(outer, dtype=x.dtype, device=x.device).expand(
+        x.shape[1], 1, -1, -1
+    )
+
+
+def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
+    """Bring every row of w [out, in, ...] to unit magnitude per element, i.e. norm sqrt(fan-in) (2.1, Eq. 47)."""
+    checks.weight("normalize_weight", "w", w)
+    return _normalize(w, dims=tuple(range(1, w.dim())), eps=eps)
+
+
+@overload
+def effective_weight(
+    w: Tensor, gain: "Tensor | float" = 1, dtype: torch.dtype | None = None
+) -> Tensor: ...
+
+
+@overload
+def effective_weight(
+    w: Sequence[Tensor],
+    gain: "Sequence[Tensor | float] | float" = 1,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]: ...
+
+
+def effective_weight(w, gain=1, dtype=None):
+    """The weight a layer multiplies with: normalize_weight(w) * gain / sqrt(fan-in), cast to dtype (2.6 steps 3 to 5).
+
+    `w` and `gain` may also be lists of equal length (a single number stands for all); the result then is a list.
+    """
+    if not isinstance(w, Tensor):
+        return [
+            effective_weight(*pair, dtype) for pair in checks.weights_and_gains(w, gain)
+        ]
+    checks.weight("effective_weight", "w", w)
+    checks.gain("effective_weight", gain)
+    fan_in = w[0].numel() if w.shape[0] > 0 else 1
+    normalized = normalize_weight(w.to(_compute_dtype(w)))
+    return (normalized * (gain / math.sqrt(fan_in))).to(
+        w.dtype if dtype is None else dtype
+    )
+
+
+@torch.no_grad()
+def force_normalize_(w: "Tensor | Sequence[Tensor]", eps: float = EPS) -> None:
+    """Overwrite a weight, or each of a list, by its normalize_weight, outside autograd (2.6 step 2, Eq. 66)."""
+    for weight in [w] if isinstance(w, Tensor) else w:
+        checks.weight("force_normalize_", "w", weight)
+        weight.copy_(normalize_weight(weight, eps))
+
+
+def mp_conv2d(
+    x: Tensor,
+    w: Tensor,
+    gain: "Tensor | float" = 1,
+    *,
+    prepared: bool = False,
+    stride: "int | tuple[int, int]" = 1,
+    padding: "str | int | tuple[int, int]" = "same",
+    dilation: "int | tuple[int, int]" = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Magnitude-preserving convolution: x [N, C, H, W] with the raw weight w [out, C / groups, kh, kw] (2.6, Eq. 47).
+
+    With `prepared`, w is an effective weight already, and gain must be 1.
+    """
+    pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
+    dtype = product_dtype(x)
+    kernel = w.to(dtype) if prepared else effective_weight(w, gain, dtype)
+    return F.conv2d(
+        x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups
+    )
+
+
+def mp_linear(
+    x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: bool = False
+) -> Tensor:
+    """Magnitude-preserving linear layer without bias: x [..., in] with the raw weight w [out, in] (2.6, Eq. 47)."""
+    checks.linear_arguments(x, w, gain, prepared)
+    dtype = product_dtype(x)
+    return F.linear(x, w.to(dtype) if prepared else effective_weight(w, gain, dtype))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which convolutions and matrix products of x run: autocast's where that applies, else x's own."""
+    device = x.device.type
+    if (
+        x.dtype != torch.float64
+        and device in ("cpu", "cuda")
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def cosine_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention over all pixels with normalised q, k and v (2.12 steps 2 to 6, Eqs. 30 to 34): [N, 3C, *] -> [N, C, *].
+
+    Channel (h * d + i) * 3 + j of qkv is channel i of head h of q, k or v (j = 0, 1, 2).
+    """
+    checks.heads("cosine_attention", qkv, num_heads)
+    batch, channels, spatial = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2:]
+    depth = channels // num_heads
+    q, k, v = _normalize(
+        qkv.reshape(batch, num_heads, depth, 3, spatial.numel()), dims=(2,), eps=EPS
+    ).unbind(3)
+    attention = torch.einsum("nhdq,nhdk->nhqk", q, k / math.sqrt(depth)).softmax(dim=-1)
+    out = torch.einsum("nhqk,nhdk->nhdq", attention, v).reshape(
+        batch, channels, *spatial
+    )
+    return out.contiguous(memory_format=memory_format(qkv))
+
+
+@torch.no_grad()
+def ema_update_(
+    emas: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    one_minus_betas: Sequence[float],
+) -> None:
+    """ema += (1 - beta) * (param - ema) for every profile and parameter (5.1, Eq. 127).
+
+    `emas` holds one list per profile, parallel to `params`; `one_minus_betas` one weight per profile.
+    """
+    checks.ema_lists(emas, params, one_minus_betas)
+    for averages, weight in zip(emas, one_minus_betas, strict=True):
+        for ema, param in zip(averages, params, strict=True):
+            ema.lerp_(param.to(ema.dtype), weight)
+
+
+@torch.no_grad()
+def accumulate_snapshots(
+    inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """out[m] += sum over n of coefs[n, m] * inputs[n], in float32 (5.4).
+
+    inputs: N tensors [*] in float16, bfloat16 or float32; coefs [N, M]; out, if given, [M, *] float32, is added to.
+    """
+    coefs = checks.coefficients(coefs)
+    checks.snapshots(inputs, coefs, out)
+    if out is None:
+        out = torch.zeros(
+            coefs.shape[1],
+            *inputs[0].shape,
+            dtype=torch.float32,
+            device=inputs[0].device,
+        )
+    for x, row in zip(inputs, coefs.tolist(), strict=True):
+        for total, coef in zip(out, row, strict=True):
+            total.add_(x.float(), alpha=coef)
+    return out
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format of an op's output for input x: channels_last if x is that and not contiguous as well, else contiguous."""
+    if (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """x / (eps + rms over dims): the norm in float32 or wider, the division in x's dtype (2.1)."""
+    count = math.prod(x.shape[dim] for dim in dims)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=_compute_dtype(x))
+    return x / (eps + norm * math.sqrt(1 / max(count, 1))).to(x.dtype)
