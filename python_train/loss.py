@@ -1,0 +1,47 @@
+"""The training loss (spec 4.1; EDM2 paper Eqs. 14-16, 21)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SIGMA_DATA = 0.5
+
+
+class EDM2Loss:
+    """Denoising error weighted by lambda(sigma) = 1 / c_out^2 and by the network's own uncertainty u(sigma).
+
+    Noise levels are log-normal: sigma = exp(P_mean + P_std * N(0, 1)).
+    """
+
+    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = SIGMA_DATA) -> None:
+        self.P_mean = P_mean
+        self.P_std = P_std
+        self.sigma_data = sigma_data
+
+    def __call__(self, net: Callable[..., tuple[Tensor, Tensor]], images: Tensor, labels: Tensor | None) -> Tensor:
+        """Loss map [N, C, H, W] for clean images of the network's domain.
+
+        Draws from the global generator of the images' device: sigma's normal [N, 1, 1, 1], then the noise's (spec 4.6).
+        """
+        sigma = self.sigma(torch.randn([images.shape[0], 1, 1, 1], device=images.device))
+        return self.at(net, images, labels, sigma, torch.randn_like(images))
+
+    def sigma(self, rnd_normal: Tensor) -> Tensor:
+        """Noise levels for standard normal numbers."""
+        return (rnd_normal * self.P_std + self.P_mean).exp()
+
+    def at(
+        self,
+        net: Callable[..., tuple[Tensor, Tensor]],
+        images: Tensor,
+        labels: Tensor | None,
+        sigma: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        """Loss map [N, C, H, W] at given noise levels sigma [N, 1, 1, 1] and standard normal noise [N, C, H, W]."""
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        denoised, logvar = net(images + noise * sigma, sigma, labels, return_logvar=True)
+        return (weight / logvar.exp()) * (denoised - images) ** 2 + logvar
