@@ -10,7 +10,8 @@ namespace edm2 {
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 /// A dense activation tensor [batch, channels, pixels], where pixels is the product of the spatial sizes.
-/// Element (n, c, p) lies at (n * channels + c) * pixels + p, or, channels_last (NHWC), at (n * pixels + p) * channels + c.
+/// Element (n, c, p) lies at (n * channels + c) * pixels + p, or, channels_last (NHWC), at (n * pixels + p) * channels
+/// + c.
 struct Activation {
   int64_t batch;
   int64_t channels;

@@ -1,4 +1,5 @@
-// Multi-tensor EMA update: every profile of every tensor in one pass, ema += weight * (param - ema), weight = 1 - beta (Eq. 127).
+// Multi-tensor EMA update: every profile of every tensor in one pass, ema += weight * (param - ema), weight = 1 - beta
+// (Eq. 127).
 #pragma once
 
 #include "edm2/common.h"

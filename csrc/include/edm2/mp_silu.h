@@ -44,8 +44,11 @@ void mp_silu(const MPSiLUParams& params, int64_t begin, int64_t end);
 void mp_silu_backward(const MPSiLUBackwardParams& params, int64_t begin, int64_t end);
 /// Work items are planes (batch * channels), or, channels_last, pixels (batch * pixels).
 void mp_silu_modulated(const MPSiLUModulatedParams& params, int64_t begin, int64_t end);
-/// Work items are (sample, block of 64 channels) pairs, so that the sum over pixels stays within one item.
-int64_t mp_silu_modulated_backward_items(const Activation& shape);
+/// Work items are (sample, block of channels) pairs, so that the sum over pixels stays within one item.
+constexpr int64_t kModulatedChannelBlock = 64;
+constexpr int64_t mp_silu_modulated_backward_items(const Activation& shape) {
+  return shape.batch * ((shape.channels + kModulatedChannelBlock - 1) / kModulatedChannelBlock);
+}
 void mp_silu_modulated_backward(const MPSiLUModulatedBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 

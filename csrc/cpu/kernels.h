@@ -1,0 +1,38 @@
+// The CPU kernels by name, and their declaration once per instruction set.
+#pragma once
+
+#include "edm2/accumulate_snapshots.h"
+#include "edm2/cosine_attention.h"
+#include "edm2/ema_update.h"
+#include "edm2/mp_cat.h"
+#include "edm2/mp_fourier.h"
+#include "edm2/mp_silu.h"
+#include "edm2/mp_sum.h"
+#include "edm2/normalize_weight.h"
+#include "edm2/pixel_norm.h"
+#include "edm2/resample.h"
+
+/// KERNEL(name, parameter struct, storage types): every kernel is void name(const Params&, int64_t begin, int64_t end).
+#define EDM2_CPU_KERNELS(KERNEL)                                                   \
+  KERNEL(pixel_norm, PixelNormParams, "float32 float64 bfloat16")                  \
+  KERNEL(pixel_norm_backward, PixelNormBackwardParams, "float32 float64 bfloat16") \
+  KERNEL(mp_silu, MPSiLUParams, "float32 float64 bfloat16")                        \
+  KERNEL(mp_silu_backward, MPSiLUBackwardParams, "float32 float64 bfloat16")       \
+  KERNEL(mp_silu_modulated, MPSiLUModulatedParams, "float32 float64 bfloat16")     \
+  KERNEL(mp_silu_modulated_backward, MPSiLUModulatedBackwardParams, "float32 float64 bfloat16")
+
+#define EDM2_DECLARE_KERNEL(name, Params, dtypes) void name(const Params& params, int64_t begin, int64_t end);
+
+namespace edm2::cpu {
+namespace portable {
+EDM2_CPU_KERNELS(EDM2_DECLARE_KERNEL)
+}
+#if defined(EDM2_CPU_X86_SETS)
+namespace avx2 {
+EDM2_CPU_KERNELS(EDM2_DECLARE_KERNEL)
+}
+namespace avx512 {
+EDM2_CPU_KERNELS(EDM2_DECLARE_KERNEL)
+}
+#endif
+}  // namespace edm2::cpu

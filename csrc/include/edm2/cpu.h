@@ -1,0 +1,26 @@
+// Which of the CPU kernel sets (one per instruction set) is in use.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace edm2::cpu {
+
+/// One row of the kernel table.
+struct KernelInfo {
+  const char* name;    // kernel, e.g. "pixel_norm_backward"
+  const char* dtypes;  // storage types it takes
+};
+
+/// Instruction sets this library holds kernels for and this machine can run, slowest first.
+std::vector<std::string> supported_isas();
+
+/// The set in use: the fastest supported one, or what EDM2EXT_CPU_ISA names. Read once, at the first call.
+/// Throws std::runtime_error if EDM2EXT_CPU_ISA names an unknown or unsupported set.
+const char* isa_in_use();
+
+/// Every CPU kernel of the library.
+const std::vector<KernelInfo>& kernel_table();
+
+}  // namespace edm2::cpu

@@ -1,0 +1,42 @@
+// MP-Cat (Eq. 103), concat(weight_a * a, weight_b * b) along channels, optionally with MP-SiLU of the result.
+#pragma once
+
+#include "edm2/common.h"
+
+namespace edm2 {
+
+/// A row is what lies together in memory: one sample's channels * pixels, or, channels_last, one pixel's channels.
+struct MPCatParams {
+  const void* a;   // [rows, size_a]
+  const void* b;   // [rows, size_b]
+  void* out;       // [rows, size_a + size_b]
+  void* out_silu;  // null: not wanted
+  int64_t rows;
+  int64_t size_a;
+  int64_t size_b;
+  DType dtype;
+  double weight_a;
+  double weight_b;
+};
+
+struct MPCatBackwardParams {
+  const void* grad_out;
+  const void* grad_silu;  // null: MP-SiLU was not emitted; then out is null as well
+  const void* out;
+  void* grad_a;
+  void* grad_b;
+  int64_t rows;
+  int64_t size_a;
+  int64_t size_b;
+  DType dtype;
+  double weight_a;
+  double weight_b;
+};
+
+namespace cpu {
+/// Work items are elements of the concatenation.
+void mp_cat(const MPCatParams& params, int64_t begin, int64_t end);
+void mp_cat_backward(const MPCatBackwardParams& params, int64_t begin, int64_t end);
+}  // namespace cpu
+
+}  // namespace edm2

@@ -1,0 +1,52 @@
+// Weight normalisation over rows (spec 2.1 and 2.6): y = w / (eps + rms(row)), and the effective weight
+// gain / sqrt(fan_in) * y. A call covers a whole list of tensors.
+#pragma once
+
+#include "edm2/common.h"
+
+namespace edm2 {
+
+/// One weight tensor as [rows, row_size], row by row in memory.
+struct WeightRows {
+  const void* w;
+  void* out;  // may be w itself (forced normalisation)
+  int64_t rows;
+  int64_t row_size;
+  double factor;  // what the normalised rows are multiplied with: gain / sqrt(row_size), or 1
+};
+
+struct NormalizeWeightParams {
+  const WeightRows* tensors;  // [num_tensors], host memory
+  const int64_t* offsets;     // [num_tensors + 1]: elements before tensor i, all tensors laid end to end
+  int64_t num_tensors;
+  DType dtype;      // of w
+  DType out_dtype;  // of out
+  double eps;
+};
+
+struct WeightRowsBackward {
+  const void* grad;  // of the result, type grad_dtype
+  const void* w;
+  void* grad_w;
+  double* row_dots;  // [rows] <grad, y>, the row's share of the gain's gradient; null: not wanted
+  int64_t rows;
+  int64_t row_size;
+  double factor;
+};
+
+struct NormalizeWeightBackwardParams {
+  const WeightRowsBackward* tensors;  // [num_tensors], host memory
+  const int64_t* offsets;             // [num_tensors + 1]
+  int64_t num_tensors;
+  DType dtype;       // of w and grad_w
+  DType grad_dtype;  // of grad
+  double eps;
+};
+
+namespace cpu {
+/// Work items are elements of all tensors laid end to end; a call handles the rows that begin in [begin, end).
+void normalize_weight(const NormalizeWeightParams& params, int64_t begin, int64_t end);
+void normalize_weight_backward(const NormalizeWeightBackwardParams& params, int64_t begin, int64_t end);
+}  // namespace cpu
+
+}  // namespace edm2

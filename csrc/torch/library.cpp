@@ -1,0 +1,62 @@
+// Every op's schema on one page. Implementations register themselves in <op>.cpp (CPU) and <op>_cuda.cpp (CUDA); shape
+// functions and autograd are in Python, beside the op.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(edm2, m) {
+  // pixel_norm
+  m.def("pixel_norm(Tensor x, float eps) -> Tensor");
+  m.def("pixel_norm_backward(Tensor grad, Tensor x, float eps) -> Tensor");
+  m.def("pixel_norm_silu(Tensor x, float eps) -> (Tensor, Tensor)");
+  m.def("pixel_norm_silu_backward(Tensor grad, Tensor grad_silu, Tensor x, float eps) -> Tensor");
+
+  // mp_silu
+  m.def("mp_silu(Tensor x) -> Tensor");
+  m.def("mp_silu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("mp_silu_modulated(Tensor x, Tensor c) -> Tensor");
+  m.def("mp_silu_modulated_backward(Tensor grad, Tensor x, Tensor c) -> (Tensor, Tensor)");
+
+  // mp_sum
+  m.def("mp_sum(Tensor a, Tensor b, float t, float clip) -> Tensor");
+  m.def("mp_sum_backward(Tensor grad, Tensor a, Tensor b, float t, float clip) -> (Tensor, Tensor)");
+
+  // mp_cat
+  m.def("mp_cat(Tensor a, Tensor b, float t) -> Tensor");
+  m.def("mp_cat_backward(Tensor grad, int channels_a, float t) -> (Tensor, Tensor)");
+  m.def("mp_cat_silu(Tensor a, Tensor b, float t) -> (Tensor, Tensor)");
+  m.def("mp_cat_silu_backward(Tensor grad, Tensor grad_silu, Tensor out, int channels_a, float t) -> (Tensor, Tensor)");
+
+  // mp_fourier
+  m.def("mp_fourier(Tensor x, Tensor freqs, Tensor phases) -> Tensor");
+  m.def("mp_fourier_backward(Tensor grad, Tensor x, Tensor freqs, Tensor phases) -> (Tensor, Tensor, Tensor)");
+
+  // resample
+  m.def("resample_down(Tensor x, float[] filter) -> Tensor");
+  m.def("resample_down_backward(Tensor grad, float[] filter, int height, int width) -> Tensor");
+  m.def("resample_up(Tensor x, float[] filter) -> Tensor");
+  m.def("resample_up_backward(Tensor grad, float[] filter) -> Tensor");
+
+  // normalize_weight
+  m.def("normalize_weight(Tensor w, float eps) -> Tensor");
+  m.def("normalize_weight_backward(Tensor grad, Tensor w, float eps) -> Tensor");
+  m.def("effective_weight(Tensor w, Tensor? gain, float scale, float eps, ScalarType dtype) -> Tensor");
+  m.def("effective_weight_backward(Tensor grad, Tensor w, Tensor? gain, float scale, float eps) -> (Tensor, Tensor)");
+  m.def("effective_weights(Tensor[] weights, Tensor[] gains, float eps, ScalarType dtype) -> Tensor[]");
+  m.def(
+      "effective_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] gains, float eps) -> (Tensor[], "
+      "Tensor[])");
+  m.def("force_normalize_(Tensor(a!)[] weights, float eps) -> ()");
+
+  // cosine_attention
+  m.def("qkv_norm(Tensor qkv, int heads, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("qkv_norm_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, int heads, float eps) -> Tensor");
+
+  // ema_update
+  m.def("ema_update_(Tensor(a!)[] emas, Tensor[] params, float[] weights) -> ()");
+
+  // accumulate_snapshots
+  m.def("accumulate_snapshots_(Tensor(a!) out, Tensor[] inputs, Tensor coefs) -> ()");
+}
+
+/// CUDA toolkit the kernels were compiled with, as 1000 * major + 10 * minor; 0: no CUDA kernels. For ctypes: needs no
+/// _C.
+extern "C" __attribute__((visibility("default"))) int edm2_cuda_toolkit_version() { return EDM2_CUDA_TOOLKIT; }
