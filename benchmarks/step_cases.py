@@ -1,0 +1,47 @@
+"""What `benchmarks.run` times at the level of the whole training step: forward, loss, backward, Adam and EMA of one `Trainer`."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.op_cases import Case
+from edm2ext import set_backend
+from python_train.config import TrainOptions, make_options
+from python_train.data import PixelEncoder
+from python_train.loop import Trainer
+from python_train.network import Precond
+
+BENCHMARK_16 = TrainOptions(
+    model_channels=32, channel_mult=(1, 2, 3), num_blocks=3, batch=32, duration=32, precision="fp32", rampup=0, decay=0
+)
+
+
+def trainer(options: TrainOptions, resolution: int, channels: int, label_dim: int) -> Trainer:
+    """A trainer whose gains are set so that every path carries a signal."""
+    torch.manual_seed(0)
+    net = Precond(**options.network_config(resolution, channels, label_dim))
+    for name, param in net.named_parameters():
+        if name.endswith("gain"):
+            torch.nn.init.constant_(param, 0.5)
+    return Trainer(net, options, PixelEncoder())
+
+
+def step_case(name: str, options: TrainOptions, resolution: int, channels: int) -> Case:
+    training = trainer(options, resolution, channels, label_dim=10)
+    images = torch.randint(256, [options.batch, channels, resolution, resolution], dtype=torch.uint8)
+    labels = torch.eye(10)[torch.arange(options.batch) % 10]
+    batches = itertools.repeat((images, labels))
+    params = sum(p.numel() for p in training.params) / 1e6
+    return Case(f"training step, {name}, {params:.2f} M parameters, {options.precision}", lambda: training.step(batches))
+
+
+def all_cases() -> Iterator[Case]:
+    yield step_case("demo preset (8×8, batch 128)", make_options("digits"), 8, 1)
+    yield step_case("16×16, batch 32", BENCHMARK_16, 16, 3)
+
+
+def network_weights() -> list[torch.Tensor]:
+    """The weight tensors of the 16×16 network, for the multi-tensor rows."""
+    with set_backend("reference"):
+        return [w.detach() for w in trainer(BENCHMARK_16, 16, 3, label_dim=10).weights]
