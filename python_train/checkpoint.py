@@ -94,9 +94,7 @@ def save_snapshot(
     state = net.state_dict()
     if parameters is not None:
         names = [name for name, _ in net.named_parameters()]
-        if len(names) != len(parameters):
-            raise ValueError(f"save_snapshot: expected {len(names)} parameters, got {len(parameters)}")
-        state.update(zip(names, parameters))
+        state.update(zip(names, parameters, strict=True))
     tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
     blob = safetensors.torch.save(tensors, metadata={"edm2": json.dumps(header)})
     with atomic_write(path) as temporary:

@@ -1,4 +1,4 @@
-"""Training images: the embedded digits, image folders and ZIPs (spec 8.1, 8.2), encoders (1.1, 1.2), data order (4.7)."""
+"""Training images: embedded digits, image folders and ZIPs (spec 8.1, 8.2); encoders (1.1, 1.2); data order (4.7)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VAE_STD = (4.17, 4.62, 3.71, 3.28)
 
 
 class Encoder(Protocol):
-    """Maps stored arrays to the network's domain and back; ``facts()`` is what :func:`open_encoder` rebuilds it from."""
+    """Maps stored arrays to the network's domain and back; :func:`open_encoder` rebuilds it from its ``facts()``."""
 
     def encode(self, stored: Tensor) -> Tensor: ...
 
@@ -358,7 +358,7 @@ def open_dataset(name_or_path: str | os.PathLike[str] = DIGITS, cond: bool = Tru
         raise UserError(f"{path}: images must be square, got {height}x{width}")
     if cond and dataset.label_dim == 0:
         raise UserError(
-            f"{path} has no labels (neither a dataset.json nor several class folders); train with --uncond to do without"
+            f"{path} has no labels: neither a dataset.json nor several class folders; --uncond trains without"
         )
     return dataset
 

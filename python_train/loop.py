@@ -39,7 +39,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes."""
@@ -237,7 +237,7 @@ class RunDir:
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run of this program; choose another --outdir")
         path.mkdir(parents=True, exist_ok=True)
-        self._log = open(path / "log.txt", "a", encoding="utf-8", buffering=1)
+        self._log = open(path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - until close()
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -291,15 +291,17 @@ class RunDir:
 # ----------------------------------------------------------------------------------------------------------------- loop
 
 
-def describe(options: TrainOptions, dataset: data.Dataset, encoder: data.Encoder, net_config: dict, world_size: int):
+def describe(
+    options: TrainOptions, dataset: data.Dataset, encoder: data.Encoder, net: Precond, world: World
+) -> dict[str, Any]:
     """What identifies a run: the content of options.json, compared when it is resumed."""
     return {
         "format_version": checkpoint.FORMAT_VERSION,
         "options": options.to_json(),
         "dataset": dataset.facts(),
         "encoder": encoder.facts(),
-        "network": net_config,
-        "processes": world_size,
+        "network": net.config,
+        "processes": world.size,
     }
 
 
@@ -314,8 +316,22 @@ def stop_point(options: TrainOptions, start: int) -> int:
     return min(stop, options.duration)
 
 
+def network_channels(dataset: data.Dataset, encoder: data.Encoder, device: torch.device | str = "cpu") -> int:
+    """Channels that the network sees, found by encoding the first image (which draws random numbers for latents)."""
+    return encoder.encode(torch.from_numpy(dataset.read(0))[None].to(device)).shape[1]
+
+
+def build_network(options: TrainOptions, resolution: int, channels: int, label_dim: int) -> Precond:
+    """The network for data of this shape. Raises UserError if they do not fit."""
+    try:
+        return Precond(**options.network_config(resolution, channels, label_dim))
+    except ValueError as error:
+        raise UserError(f"the network does not fit the data: {error}") from error
+
+
 def train(
     options: TrainOptions,
+    dataset: data.Dataset,
     outdir: str | os.PathLike[str],
     world: World | None = None,
     override: bool = False,
@@ -328,17 +344,12 @@ def train(
     world = world or World()
     options.validate(world.size)
     rng.reseed(options.seed, world.rank)
-    dataset = data.open_dataset(options.data, options.cond)
     encoder = dataset.encoder()
-    first = encoder.encode(torch.from_numpy(dataset.read(0))[None].to(world.device))
-    net_config = options.network_config(dataset.resolution, first.shape[1], dataset.label_dim)
-    try:
-        net = Precond(**net_config)
-    except ValueError as error:
-        raise UserError(f"the network does not fit the data: {error}") from error
+    channels = network_channels(dataset, encoder, world.device)
+    net = build_network(options, dataset.resolution, channels, dataset.label_dim)
     run = None
     if world.rank == 0:
-        run = RunDir(Path(outdir), describe(options, dataset, encoder, net_config, world.size), override)
+        run = RunDir(Path(outdir), describe(options, dataset, encoder, net, world), override)
     try:
         return _train(options, world, dataset, encoder, net, run, progress)
     finally:
@@ -360,10 +371,7 @@ def _train(
     first, stop = trainer.nimg, stop_point(options, trainer.nimg)
     if run is not None:
         run.trim_stats(first)
-        total = sum(param.numel() for param in trainer.params)
-        run.log(f"data      {dataset.name}: {dataset.num_images} images, {dataset.resolution}x{dataset.resolution}")
-        run.log(f"network   {total:,} parameters, label_dim {dataset.label_dim}")
-        run.log(f"training  {first:,} to {stop:,} images of {options.duration:,} in batches of {options.batch}")
+        run.log(f"training from {first:,} to {stop:,} images" if first < stop else f"complete at {first:,} images")
     if first >= stop:
         return first
 
@@ -413,7 +421,7 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
 
 def _save_snapshots(trainer: Trainer, path: Path, dataset: data.Dataset, encoder: data.Encoder) -> None:
     """One file for each tracked average (spec 5.3)."""
-    for sigma_rel, profile in zip(trainer.ema.sigma_rels, trainer.ema.profiles):
+    for sigma_rel, profile in zip(trainer.ema.sigma_rels, trainer.ema.profiles, strict=True):
         checkpoint.save_snapshot(
             path / checkpoint.snapshot_name(trainer.nimg, sigma_rel),
             trainer.net,
@@ -514,5 +522,3 @@ def _resident_bytes() -> int:
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

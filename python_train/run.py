@@ -1,0 +1,208 @@
+"""Command line of the training program: ``python -m python_train.run``."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import edm2ext
+from python_train import UserError, config, data, loop
+from python_train.config import PRECISIONS, PRESETS, TrainOptions
+
+# What the presets' names say they are for; a dry run without --data counts on it (spec 1.1, 1.2).
+_NOMINAL_DATA = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
+_DEMO_MAY_GIVE = {"outdir", "device"}
+
+
+class _ImageCount(click.ParamType):
+    name = "IMAGES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return _converted(self, config.parse_nimg, value, param, ctx)
+
+
+class _Integers(click.ParamType):
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else _converted(self, config.parse_ints, value, param, ctx)
+
+
+def _converted(kind: click.ParamType, parse: Any, value: Any, param: Any, ctx: Any) -> Any:
+    try:
+        return parse(value)
+    except UserError as error:
+        kind.fail(str(error), param, ctx)
+
+
+_EPILOG = """\b
+Examples:
+  python -m python_train.run                                    the demo on embedded digits
+  python -m python_train.run --data photos.zip --preset img64-s --outdir runs/photos
+  python -m python_train.run --data icons/ --uncond --channels 64 --channel-mult 1,2,2 \\
+      --batch 64 --duration 2Mi --snapshot 64Ki --checkpoint 256Ki --status 8Ki --rampup 100000
+  torchrun --standalone --nproc_per_node=8 -m python_train.run --preset img512-xs --data latents.zip
+
+IMAGES are integers, optionally with Ki, Mi or Gi (1024, 1024^2, 1024^3). Running a command again continues its
+run from the latest training state, with the same numbers as if it had not stopped. The duration, the slice and
+the intervals may be changed freely then; anything else is refused with the differences listed, unless --override.
+"""
+
+
+@click.command(epilog=_EPILOG, context_settings={"max_content_width": 120, "show_default": False})
+@click.option("--outdir", type=click.Path(path_type=Path), help="Run directory. [default: runs/<preset or data name>]")
+@click.option("--data", help="Image folder or ZIP of square images of one size; classes from dataset.json or from the "
+              "top-level folders. 'digits' is embedded. [default: digits]")  # fmt: skip
+@click.option("--preset", help=f"Start from these settings: {', '.join(PRESETS)}. [default: digits for the digits, "
+              "else the general-purpose settings shown in brackets]")  # fmt: skip
+@click.option("--cond/--uncond", default=None, help="Train with class labels, or ignore them. [default: --cond]")
+@click.option("--duration", type=_ImageCount(), help="Train until the network has seen this many images. [8Gi]")
+@click.option("--slice", type=_ImageCount(), help="Stop this process after at most so many images, at a checkpoint; "
+              "the same command continues.")  # fmt: skip
+@click.option("--batch", type=int, help="Images of one optimizer step, over all processes. [2048]")
+@click.option("--batch-gpu", type=int, help="Images at a time on one process; the rest is accumulated. [all at once]")
+@click.option("--lr", type=float, help="Reference learning rate alpha_ref. [0.01]")
+@click.option("--decay", type=float, help="Decay the learning rate after t_ref batches; 0 = never. [70000]")
+@click.option("--rampup", type=_ImageCount(), help="Raise the learning rate from 0 over so many images. [10000000]")
+@click.option("--channels", "model_channels", type=int, help="Channels of the first level. [192]")
+@click.option("--channel-mult", type=_Integers(), help="Channels of each level, in units of --channels. [1,2,3,4]")
+@click.option("--blocks", "num_blocks", type=int, help="Blocks of each level. [3]")
+@click.option("--attn", "attn_resolutions", type=_Integers(), help="Resolutions with self-attention. [16,8]")
+@click.option("--dropout", type=float, help="Dropout probability. [0]")
+@click.option("--P-mean", "P_mean", type=float, help="Mean of the training noise's log-normal distribution. [-0.4]")
+@click.option("--P-std", "P_std", type=float, help="Standard deviation of the same. [1.0]")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the network's main path; fp16 means "
+              "fp32 on a CPU. [fp16]")  # fmt: skip
+@click.option("--loss-scaling", type=float, help="Constant factor on the loss. [1]")
+@click.option("--seed", type=int, help="Seed of everything random. [0]")
+@click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
+@click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")
+@click.option("--checkpoint", type=_ImageCount(), help="Interval of training states; 0 = off. [128Mi]")
+@click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+@click.option("--override", is_flag=True, help="Continue a run although options have changed.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the plan and stop; writes nothing.")
+@click.pass_context
+def main(
+    ctx: click.Context,
+    outdir: Path | None,
+    preset: str | None,
+    device: str | None,
+    override: bool,
+    dry_run: bool,
+    **given: Any,
+) -> None:
+    """Train an EDM2 diffusion model.
+
+    Without arguments: the demo. A small class-conditional network learns the embedded 8x8 digits in a minute or two
+    on a CPU; then sample grids and plots are drawn. Everything goes to one run directory: options.json, log.txt,
+    stats.jsonl, network-snapshot-*.safetensors (two averages of the weights each), training-state-*.pt.
+    """
+    commandline = click.core.ParameterSource.COMMANDLINE
+    is_demo = all(ctx.get_parameter_source(name) != commandline for name in ctx.params.keys() - _DEMO_MAY_GIVE)
+    try:
+        if preset is None and given["data"] in (None, data.DIGITS):
+            preset = "digits"
+        options = config.make_options(preset, **given)
+        if given["data"] is None and preset != "digits" and not dry_run:
+            raise UserError(f"preset {preset} needs --data: a folder or ZIP of images (only 'digits' is embedded)")
+        outdir = outdir or Path("runs") / (preset or Path(options.data).stem)
+        with loop.open_world(device) as world:
+            options.validate(world.size)
+            nominal = _NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
+            dataset = None if nominal else data.open_dataset(options.data, options.cond)
+            if world.rank == 0:
+                _print_plan(options, preset, outdir, world, dataset or nominal)
+            if dry_run or dataset is None:
+                return
+            show_progress = is_demo or sys.stderr.isatty()
+            nimg = loop.train(options, dataset, outdir, world, override, show_progress)
+            if world.rank > 0:
+                return
+            if is_demo:
+                from python_train import demo
+
+                demo.finish(outdir, device=world.device)
+            else:
+                _say_what_next(options, outdir, nimg)
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        hint = " (the disk is full)" if error.errno == errno.ENOSPC else ""
+        raise click.ClickException(f"{error}{hint}") from error
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command continues from the latest training state") from None
+
+
+def _print_plan(
+    options: TrainOptions,
+    preset: str | None,
+    outdir: Path,
+    world: loop.World,
+    dataset: data.Dataset | tuple[int, int, int],
+) -> None:
+    """What is going to happen, in a dozen lines; ``dataset`` may be just (resolution, channels, label_dim)."""
+    if isinstance(dataset, tuple):
+        resolution, channels, label_dim = dataset
+        label_dim = label_dim if options.cond else 0
+        about = f"none given; assuming {resolution}x{resolution}, channels {channels}, label_dim {label_dim}"
+    else:
+        channels = loop.network_channels(dataset, dataset.encoder())
+        resolution, label_dim = dataset.resolution, dataset.label_dim
+        size = f"{resolution}x{resolution}, {dataset.dtype}, channels {dataset.channels}"
+        about = f"{options.data}: {dataset.num_images} images of {size}, label_dim {label_dim}"
+    with torch.device("meta"):
+        net = loop.build_network(options, resolution, channels, label_dim)
+    parameters = sum(param.numel() for param in net.parameters())
+    micro, rounds = options.rounds(world.size)
+    info = edm2ext.build_info()
+    ops = f"native kernels, {info['cpu_isa']}" if info["native"] else f"plain torch ({info['reason']})"
+    computed = "fp32" if options.precision == "fp16" and world.device.type != "cuda" else options.precision
+    every = ", ".join(
+        f"{name} every {config.format_nimg(getattr(options, name))}" if getattr(options, name) else f"{name} off"
+        for name in ("status", "snapshot", "checkpoint")
+    )
+    for name, text in {
+        "preset": preset or "none (general-purpose settings)",
+        "data": about,
+        "network": f"{parameters:,} parameters; channels {options.model_channels} x {list(options.channel_mult)}, "
+        f"blocks per level {options.num_blocks}, attention at {list(options.attn_resolutions)}, "
+        f"dropout {options.dropout:g}",
+        "duration": f"{options.duration:,} images = {options.duration // options.batch:,} steps of {options.batch} "
+        f"({world.size} process{'es' * (world.size > 1)} x {rounds} round{'s' * (rounds > 1)} x {micro})",
+        "lr": f"{options.lr:g}, decay after {options.decay:g} batches, ramp-up over {options.rampup:,} images",
+        "noise": f"P_mean {options.P_mean:g}, P_std {options.P_std:g}",
+        "precision": options.precision if computed == options.precision else f"{options.precision} (here: {computed})",
+        "seed": str(options.seed),
+        "files": f"{outdir}: {every}",
+        "device": _device_text(world.device),
+        "torch": f"{torch.__version__}; ops: {ops}",
+    }.items():
+        click.echo(f"{name:<10}{text}")
+
+
+def _device_text(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    why = "torch sees no GPU" if torch.version.cuda else "this torch has no CUDA"
+    return f"{device} ({torch.get_num_threads()} threads; {why})"
+
+
+def _say_what_next(options: TrainOptions, outdir: Path, nimg: int) -> None:
+    if nimg < options.duration:
+        click.echo(f"stopped at {nimg:,} of {options.duration:,} images; the same command continues")
+        return
+    click.echo(f"the run in {outdir} is complete: {nimg:,} images")
+    snapshots = sorted(outdir.glob("network-snapshot-*.safetensors"))
+    if snapshots:
+        click.echo(f"sample:  python -m python_train.generate --net {snapshots[-1]} --outdir {outdir}/out --seeds 0-63")
+        click.echo(f"tune the averaging length:  python -m python_train.reconstruct --indir {outdir} --outdir {outdir} "
+                   "--outstd 0.05,0.10,0.15")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
