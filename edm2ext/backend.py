@@ -1,14 +1,14 @@
 """Which implementation serves a call: the native kernels or the plain-torch reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from edm2ext import _library
+from edm2ext import _library, reference
 
 Backend = Literal["auto", "native", "reference"]
 _BACKENDS = ("auto", "native", "reference")
@@ -33,13 +33,9 @@ class set_backend:
     def __init__(self, backend: Backend) -> None:
         global _backend
         if backend not in _BACKENDS:
-            raise ValueError(
-                f"set_backend: backend must be one of {', '.join(_BACKENDS)}, got {backend!r}"
-            )
+            raise ValueError(f"set_backend: backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
         if backend == "native" and not _library.LOADED:
-            raise RuntimeError(
-                f"set_backend: the native library is not available: {_library.REASON}"
-            )
+            raise RuntimeError(f"set_backend: the native library is not available: {_library.REASON}")
         self._previous = _backend
         _backend = backend
 
@@ -70,35 +66,38 @@ def fake(name: str) -> Callable[[_Function], _Function]:
     """Decorator: the function computes the metadata (shape, strides, dtype) of the native op's outputs."""
 
     def register(function: _Function) -> _Function:
-        return (
-            torch.library.register_fake(f"edm2::{name}", function)
-            if _library.LOADED
-            else function
-        )
+        return torch.library.register_fake(f"edm2::{name}", function) if _library.LOADED else function
 
     return register
 
 
-def has_cuda(*names: str) -> bool:
-    """Whether all the named native ops have a CUDA kernel."""
-    return _library.LOADED and all(_library.has_kernel(name, "cuda") for name in names)
+class Kernels(NamedTuple):
+    """The devices for which all native ops of a function have kernels."""
+
+    cpu: bool
+    cuda: bool
 
 
-def native(x: Tensor, on_cuda: bool) -> bool:
-    """Whether native kernels serve a call on x; on_cuda says whether they exist for CUDA. Meta tensors count as CUDA.
+def kernels(*names: str) -> Kernels:
+    """Where the named native ops can all run."""
+    return Kernels(*(all(_library.has_kernel(name, device) for name in names) for device in Kernels._fields))
+
+
+def native(x: Tensor, where: Kernels) -> bool:
+    """Whether native kernels serve a call on x, given where they exist. Meta tensors count as CUDA.
 
     Forward-mode AD and functorch transforms need formulas that torch can look into: outside of torch.compile, which
     differentiates by itself, they take the reference.
     """
-    if _backend == "reference" or not _library.LOADED:
+    if _backend == "reference":
         return False
-    if x.is_cpu:
-        supported = x.dtype in _CPU_DTYPES
-    else:
-        supported = (
-            on_cuda and x.device.type in ("cuda", "meta") and x.dtype in _CUDA_DTYPES
-        )
-    return supported and not transforming()
+    served = where.cpu if x.is_cpu else where.cuda and x.device.type in ("cuda", "meta")
+    return served and x.dtype in dtypes(x) and not transforming()
+
+
+def dtypes(x: Tensor) -> frozenset[torch.dtype]:
+    """The dtypes that native kernels know on x's device."""
+    return _CPU_DTYPES if x.is_cpu else _CUDA_DTYPES
 
 
 def transforming() -> bool:
@@ -110,9 +109,7 @@ def transforming() -> bool:
 
 def differentiating_backward() -> bool:
     """Whether a backward pass must itself be differentiable: it then takes the reference formula."""
-    return (
-        torch.is_grad_enabled() or transforming()
-    ) and not torch.compiler.is_compiling()
+    return (torch.is_grad_enabled() or transforming()) and not torch.compiler.is_compiling()
 
 
 def reference_vjp(
@@ -125,13 +122,29 @@ def reference_vjp(
     wanted = [x for x, needed in zip(inputs, needs_grad, strict=True) if needed]
     with torch.enable_grad():
         outputs = function(*inputs)
-    found = iter(
-        torch.autograd.grad(
-            outputs,
-            wanted,
-            grads,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    )
+    create_graph = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs_grad)
+
+
+def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """What a native op allocates for its output: in x's memory format, and in its shape and dtype unless given."""
+    return torch.empty(
+        x.shape if shape is None else shape,
+        dtype=x.dtype if dtype is None else dtype,
+        device=x.device,
+        memory_format=reference.memory_format(x),
+    )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x fills its memory without gaps, in one of the two layouts that the native ops write in place."""
+    return x.is_contiguous() or reference.memory_format(x) != torch.contiguous_format
+
+
+def by_dtype_and_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups of one dtype and device each, as one native call takes them."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""Argument checks shared by every backend: each error names the function, the argument, what was expected and what came."""
+"""Argument checks shared by every backend: each error names function, argument, what was expected and what came."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,7 @@ def activation(function: str, name: str, x: Tensor) -> None:
     """`x` is a floating-point tensor [N, C, *]."""
     floating(function, name, x)
     if x.dim() < 2:
-        raise ValueError(
-            f"{function}: {name} must be [batch, channels, ...], got shape {list(x.shape)}"
-        )
+        raise ValueError(f"{function}: {name} must be [batch, channels, ...], got shape {list(x.shape)}")
 
 
 def floating(function: str, name: str, x: Tensor) -> None:
@@ -20,31 +18,23 @@ def floating(function: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
-        raise TypeError(
-            f"{function}: {name} must be a floating-point tensor, got {x.dtype}"
-        )
+        raise TypeError(f"{function}: {name} must be a floating-point tensor, got {x.dtype}")
 
 
 def image(function: str, name: str, x: Tensor) -> None:
     """`x` is a floating-point tensor [N, C, H, W]."""
     floating(function, name, x)
     if x.dim() != 4:
-        raise ValueError(
-            f"{function}: {name} must be [batch, channels, height, width], got shape {list(x.shape)}"
-        )
+        raise ValueError(f"{function}: {name} must be [batch, channels, height, width], got shape {list(x.shape)}")
 
 
 def weight(function: str, name: str, w: Tensor) -> None:
     """`w` is a floating-point tensor [out, in, ...] with at least one element in each row."""
     floating(function, name, w)
     if w.dim() < 2:
-        raise ValueError(
-            f"{function}: {name} must be [out, in, ...], got shape {list(w.shape)}"
-        )
+        raise ValueError(f"{function}: {name} must be [out, in, ...], got shape {list(w.shape)}")
     if w.shape[0] > 0 and w.numel() == 0:
-        raise ValueError(
-            f"{function}: {name} must have a fan-in of at least 1, got shape {list(w.shape)}"
-        )
+        raise ValueError(f"{function}: {name} must have a fan-in of at least 1, got shape {list(w.shape)}")
 
 
 def gain(function: str, value: "Tensor | float") -> None:
@@ -56,9 +46,7 @@ def gain(function: str, value: "Tensor | float") -> None:
                 f"got a tensor of shape {list(value.shape)}, {value.dtype}"
             )
     elif not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{function}: gain must be a number or a 0-dim tensor, got {type(value).__name__}"
-        )
+        raise TypeError(f"{function}: gain must be a number or a 0-dim tensor, got {type(value).__name__}")
 
 
 def modulation(x: Tensor, c: Tensor) -> None:
@@ -67,9 +55,7 @@ def modulation(x: Tensor, c: Tensor) -> None:
     activation(function, "x", x)
     floating(function, "c", c)
     if c.dim() != 2 or c.shape[0] != x.shape[0] or c.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{function}: c must have shape {list(x.shape[:2])}, got {list(c.shape)}"
-        )
+        raise ValueError(f"{function}: c must have shape {list(x.shape[:2])}, got {list(c.shape)}")
     _same_device(function, "x", x, "c", c)
 
 
@@ -86,9 +72,7 @@ def promoted(function: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dtype != b.dtype:
         device = a.device.type
         if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-            raise TypeError(
-                f"{function}: a and b must have one dtype, got {a.dtype} and {b.dtype}"
-            )
+            raise TypeError(f"{function}: a and b must have one dtype, got {a.dtype} and {b.dtype}")
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
     _same_device(function, "a", a, "b", b)
@@ -97,9 +81,7 @@ def promoted(function: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _same_device(function: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.device != b.device:
-        raise ValueError(
-            f"{function}: {name_a} and {name_b} must be on one device, got {a.device} and {b.device}"
-        )
+        raise ValueError(f"{function}: {name_a} and {name_b} must be on one device, got {a.device} and {b.device}")
 
 
 def sum_arguments(a: Tensor, b: Tensor, t: float, clip: float | None) -> None:
@@ -107,9 +89,7 @@ def sum_arguments(a: Tensor, b: Tensor, t: float, clip: float | None) -> None:
     function = "mp_sum"
     blend(function, t)
     if a.shape != b.shape:
-        raise ValueError(
-            f"{function}: a and b must have one shape, got {list(a.shape)} and {list(b.shape)}"
-        )
+        raise ValueError(f"{function}: a and b must have one shape, got {list(a.shape)} and {list(b.shape)}")
     if clip is not None and not clip > 0:
         raise ValueError(f"{function}: clip must be positive or None, got {clip}")
 
@@ -125,9 +105,7 @@ def cat_arguments(a: Tensor, b: Tensor, t: float) -> None:
             f"{function}: a and b must agree in all dimensions but 1, got {list(a.shape)} and {list(b.shape)}"
         )
     if a.shape[1] == 0 or b.shape[1] == 0:
-        raise ValueError(
-            f"{function}: a and b must have at least one channel, got {list(a.shape)} and {list(b.shape)}"
-        )
+        raise ValueError(f"{function}: a and b must have at least one channel, got {list(a.shape)} and {list(b.shape)}")
 
 
 def fourier_arguments(x: Tensor, freqs: Tensor, phases: Tensor) -> None:
@@ -136,9 +114,7 @@ def fourier_arguments(x: Tensor, freqs: Tensor, phases: Tensor) -> None:
     for name, value in (("x", x), ("freqs", freqs), ("phases", phases)):
         floating(function, name, value)
         if value.dim() != 1:
-            raise ValueError(
-                f"{function}: {name} must have one dimension, got shape {list(value.shape)}"
-            )
+            raise ValueError(f"{function}: {name} must have one dimension, got shape {list(value.shape)}")
     if freqs.shape != phases.shape:
         raise ValueError(
             f"{function}: freqs and phases must have one length, got {freqs.shape[0]} and {phases.shape[0]}"
@@ -149,9 +125,7 @@ def resample_filter(function: str, taps: Sequence[float]) -> list[float]:
     """The filter as floats that sum to 1; its length must be even."""
     values = [float(f) for f in taps]
     if len(values) == 0 or len(values) % 2 != 0:
-        raise ValueError(
-            f"{function}: filter must have an even number of taps, got {len(values)}"
-        )
+        raise ValueError(f"{function}: filter must have an even number of taps, got {len(values)}")
     total = sum(values)
     if total == 0:
         raise ValueError(f"{function}: filter must not sum to 0, got {values}")
@@ -167,18 +141,12 @@ def down_size(x: Tensor, taps: int) -> None:
         )
 
 
-def weights_and_gains(
-    w: Sequence[Tensor], gain: "Sequence[Tensor | float] | Tensor | float"
-) -> list[tuple]:
+def weights_and_gains(w: Sequence[Tensor], gain: "Sequence[Tensor | float] | Tensor | float") -> list[tuple]:
     """Pairs of weight and gain; one gain stands for all."""
     weights = list(w)
-    gains = (
-        [gain] * len(weights) if isinstance(gain, (int, float, Tensor)) else list(gain)
-    )
+    gains = [gain] * len(weights) if isinstance(gain, (int, float, Tensor)) else list(gain)
     if len(gains) != len(weights):
-        raise ValueError(
-            f"effective_weight: gain must have one entry per weight ({len(weights)}), got {len(gains)}"
-        )
+        raise ValueError(f"effective_weight: gain must have one entry per weight ({len(weights)}), got {len(gains)}")
     return list(zip(weights, gains, strict=True))
 
 
@@ -191,45 +159,33 @@ def conv_arguments(
     dilation: "int | tuple[int, int]",
     groups: int,
 ) -> "int | tuple[int, int]":
-    """Check a convolution's arguments and return its padding; "same" is dilation * (kernel size - 1) / 2 on each side."""
+    """Check a convolution's arguments and return its padding; "same" is dilation * (kernel size - 1) / 2."""
     function = "mp_conv2d"
     image(function, "x", x)
     weight(function, "w", w)
     _prepared(function, gain_, prepared)
     if w.dim() != 4:
-        raise ValueError(
-            f"{function}: w must be [out, in / groups, height, width], got shape {list(w.shape)}"
-        )
+        raise ValueError(f"{function}: w must be [out, in / groups, height, width], got shape {list(w.shape)}")
     if groups < 1 or w.shape[0] % groups != 0:
-        raise ValueError(
-            f"{function}: groups must divide the {w.shape[0]} output channels, got {groups}"
-        )
+        raise ValueError(f"{function}: groups must divide the {w.shape[0]} output channels, got {groups}")
     if x.shape[1] != w.shape[1] * groups:
         raise ValueError(
-            f"{function}: x must have {w.shape[1] * groups} channels for w of shape {list(w.shape)} and groups={groups}, "
-            f"got {x.shape[1]}"
+            f"{function}: x must have {w.shape[1] * groups} channels "
+            f"for w of shape {list(w.shape)} and groups={groups}, got {x.shape[1]}"
         )
     _same_device(function, "x", x, "w", w)
     if not isinstance(padding, str):
         return padding
     if padding != "same":
-        raise ValueError(
-            f'{function}: padding must be "same" or a number of pixels, got "{padding}"'
-        )
+        raise ValueError(f'{function}: padding must be "same" or a number of pixels, got "{padding}"')
     height, width = w.shape[2:]
     if height % 2 == 0 or width % 2 == 0:
-        raise ValueError(
-            f'{function}: padding "same" needs an odd kernel size, got {height} x {width}'
-        )
-    dilation_y, dilation_x = (
-        (dilation, dilation) if isinstance(dilation, int) else dilation
-    )
+        raise ValueError(f'{function}: padding "same" needs an odd kernel size, got {height} x {width}')
+    dilation_y, dilation_x = (dilation, dilation) if isinstance(dilation, int) else dilation
     return dilation_y * (height // 2), dilation_x * (width // 2)
 
 
-def linear_arguments(
-    x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bool
-) -> None:
+def linear_arguments(x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bool) -> None:
     """`x` is [..., in], `w` [out, in]."""
     function = "mp_linear"
     floating(function, "x", x)
@@ -258,7 +214,8 @@ def heads(function: str, qkv: Tensor, num_heads: int) -> None:
         raise ValueError(f"{function}: num_heads must be at least 1, got {num_heads}")
     if qkv.shape[1] == 0 or qkv.shape[1] % (3 * num_heads) != 0:
         raise ValueError(
-            f"{function}: qkv must have 3 * num_heads * d channels, got {qkv.shape[1]} channels and num_heads={num_heads}"
+            f"{function}: qkv must have 3 * num_heads * d channels, "
+            f"got {qkv.shape[1]} channels and num_heads={num_heads}"
         )
 
 
@@ -276,9 +233,7 @@ def ema_lists(
         )
     for weight_ in one_minus_betas:
         if not 0 <= weight_ <= 1:
-            raise ValueError(
-                f"{function}: one_minus_betas must be in [0, 1], got {weight_}"
-            )
+            raise ValueError(f"{function}: one_minus_betas must be in [0, 1], got {weight_}")
     for profile, averages in enumerate(emas):
         if len(averages) != len(params):
             raise ValueError(
@@ -315,18 +270,14 @@ def snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None) -> No
     first = inputs[0]
     for i, x in enumerate(inputs):
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise TypeError(
-                f"{function}: inputs[{i}] must be float16, bfloat16 or float32, got {x.dtype}"
-            )
+            raise TypeError(f"{function}: inputs[{i}] must be float16, bfloat16 or float32, got {x.dtype}")
         if x.shape != first.shape or x.device != first.device:
             raise ValueError(
                 f"{function}: inputs[{i}] must be like inputs[0] ({list(first.shape)} on {first.device}), "
                 f"got {list(x.shape)} on {x.device}"
             )
     if coefs.dim() != 2 or coefs.shape[0] != len(inputs):
-        raise ValueError(
-            f"{function}: coefs must be [{len(inputs)} inputs, outputs], got shape {list(coefs.shape)}"
-        )
+        raise ValueError(f"{function}: coefs must be [{len(inputs)} inputs, outputs], got shape {list(coefs.shape)}")
     if out is not None:
         shape = (coefs.shape[1], *first.shape)
         if out.dtype != torch.float32:

@@ -27,9 +27,7 @@ class force_normalization:
     def __init__(self, mode: Mode) -> None:
         global _mode
         if mode not in _MODES:
-            raise ValueError(
-                f"force_normalization: mode must be one of {', '.join(_MODES)}, got {mode!r}"
-            )
+            raise ValueError(f"force_normalization: mode must be one of {', '.join(_MODES)}, got {mode!r}")
         self._previous = _mode
         _mode = mode
 
@@ -74,9 +72,7 @@ class MPConv(nn.Module):
         self.stride = stride
         self.dilation = dilation
         self.groups = groups
-        self.weight = nn.Parameter(
-            torch.randn(out_channels, in_channels // groups, kernel_size, kernel_size)
-        )
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, kernel_size, kernel_size))
 
     def forward(self, x: Tensor, gain: "Tensor | float" = 1) -> Tensor:
         """x [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]; gain multiplies the weight."""
@@ -96,7 +92,10 @@ class MPConv(nn.Module):
 
 
 class MPLinear(nn.Module):
-    """Magnitude-preserving linear layer without bias (2.6, Eqs. 47 and 66); weight [out_features, in_features] ~ N(0, 1)."""
+    """Magnitude-preserving linear layer without bias (2.6, Eqs. 47 and 66).
+
+    The weight [out_features, in_features] starts as N(0, 1).
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -113,13 +112,14 @@ class MPLinear(nn.Module):
 
 
 class MPFourier(nn.Module):
-    """Random Fourier features of unit magnitude (2.5, Eq. 75): fixed frequencies ~ N(0, (2 pi bandwidth)^2), uniform phases."""
+    """Random Fourier features of unit magnitude (2.5, Eq. 75).
+
+    The buffers are fixed: frequencies 2 pi * bandwidth * N(0, 1), phases uniform in [0, 2 pi).
+    """
 
     def __init__(self, num_channels: int, bandwidth: float = 1) -> None:
         super().__init__()
-        self.register_buffer(
-            "freqs", 2 * math.pi * torch.randn(num_channels) * bandwidth
-        )
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels) * bandwidth)
         self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def sigma_rel_to_gamma(sigma_rel: ArrayLike) -> NDArray[np.float64]:
     inside = (sigma_rel > 0) & (sigma_rel < MAX_SIGMA_REL)
     if not np.all(inside):
         raise ValueError(
-            f"sigma_rel_to_gamma: sigma_rel must be between 0 and {MAX_SIGMA_REL:.7f}, got {sigma_rel[~inside].tolist()}"
+            f"sigma_rel_to_gamma: sigma_rel must be between 0 and {MAX_SIGMA_REL:.7f}, got {sigma_rel[~inside]}"
         )
     q = sigma_rel**-2
     angle = np.arccos(-(1 + 18 * q) / (1 + 3 * q) ** 1.5)
@@ -33,24 +33,18 @@ def gamma_to_sigma_rel(gamma: ArrayLike) -> NDArray[np.float64]:
     """The relative width of the power profile with exponent gamma >= 0 (Eq. 123), elementwise in float64."""
     gamma = np.asarray(gamma, dtype=np.float64)
     if not np.all(gamma >= 0):
-        raise ValueError(
-            f"gamma_to_sigma_rel: gamma must not be negative, got {gamma[~(gamma >= 0)].tolist()}"
-        )
+        raise ValueError(f"gamma_to_sigma_rel: gamma must not be negative, got {gamma[~(gamma >= 0)].tolist()}")
     return np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
-def power_beta(
-    t_next: ArrayLike, dt: ArrayLike, sigma_rel: ArrayLike
-) -> NDArray[np.float64]:
+def power_beta(t_next: ArrayLike, dt: ArrayLike, sigma_rel: ArrayLike) -> NDArray[np.float64]:
     """The decay beta = (1 - dt / t_next)^(gamma + 1) of a step of dt images that ends at t_next (Eq. 127).
 
     Raises ValueError unless 0 <= dt <= t_next and t_next > 0.
     """
     t_next, dt = np.asarray(t_next, dtype=np.float64), np.asarray(dt, dtype=np.float64)
     if not np.all((t_next > 0) & (dt >= 0) & (dt <= t_next)):
-        raise ValueError(
-            f"power_beta: 0 <= dt <= t_next and t_next > 0 must hold, got dt={dt} and t_next={t_next}"
-        )
+        raise ValueError(f"power_beta: 0 <= dt <= t_next and t_next > 0 must hold, got dt={dt} and t_next={t_next}")
     return (1 - dt / t_next) ** (sigma_rel_to_gamma(sigma_rel) + 1)
 
 
@@ -60,8 +54,8 @@ def solve_coefficients(
     """Coefficients [inputs, outputs] that combine stored averages into new ones (5.4, Eqs. 128 to 151), in float64.
 
     in_nimg, in_std [inputs]: time and sigma_rel of the stored averages; out_nimg, out_std [outputs] or scalars: those
-    wanted. Each column is the least-squares fit of the wanted profile by the stored ones, divided by its sum. The system
-    is solved with its diagonal scaled to 1, which improves its condition number tenfold.
+    wanted. Each column is the least-squares fit of the wanted profile by the stored ones, divided by its sum. The
+    system is solved with its diagonal scaled to 1, which improves its condition number tenfold.
 
     Raises ValueError for shapes that do not match, times that are not positive, an average stored twice, or a wanted
     time beyond the last stored one.
@@ -73,60 +67,36 @@ def solve_coefficients(
         raise ValueError("solve_coefficients: in_nimg must not be empty")
     if len(set(stored)) < len(stored):
         twice = next(item for item in stored if stored.count(item) > 1)
-        raise ValueError(
-            f"solve_coefficients: the average at nimg={twice[0]:g}, sigma_rel={twice[1]:g} is given twice"
-        )
+        raise ValueError(f"solve_coefficients: the average at nimg={twice[0]:g}, sigma_rel={twice[1]:g} is given twice")
     if not np.all(in_nimg > 0) or not np.all(out_nimg > 0):
         raise ValueError("solve_coefficients: in_nimg and out_nimg must be positive")
     if np.any(out_nimg > in_nimg.max()):
         raise ValueError(
-            f"solve_coefficients: out_nimg must not exceed the last input's time {in_nimg.max():g}, got {out_nimg.max():g}"
+            f"solve_coefficients: out_nimg must not exceed the last input's time {in_nimg.max():.0f}, "
+            f"got {out_nimg.max():.0f}"
         )
     in_gamma, out_gamma = sigma_rel_to_gamma(in_std), sigma_rel_to_gamma(out_std)
     scale = profile_product(in_nimg, in_gamma, in_nimg, in_gamma) ** -0.5
-    products = profile_product(
-        in_nimg[:, None], in_gamma[:, None], in_nimg[None, :], in_gamma[None, :]
-    )
-    targets = profile_product(
-        in_nimg[:, None], in_gamma[:, None], out_nimg[None, :], out_gamma[None, :]
-    )
-    scaled = np.linalg.solve(
-        products * scale[:, None] * scale[None, :], targets * scale[:, None]
-    )
+    products = profile_product(in_nimg[:, None], in_gamma[:, None], in_nimg[None, :], in_gamma[None, :])
+    targets = profile_product(in_nimg[:, None], in_gamma[:, None], out_nimg[None, :], out_gamma[None, :])
+    scaled = np.linalg.solve(products * scale[:, None] * scale[None, :], targets * scale[:, None])
     coefficients = scaled * scale[:, None]
     return coefficients / coefficients.sum(axis=0)
 
 
-def profile_product(
-    t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: ArrayLike
-) -> NDArray[np.float64]:
+def profile_product(t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: ArrayLike) -> NDArray[np.float64]:
     """The inner product of two power profiles (Eq. 151, symmetric form); times enter as a ratio, to stay in range."""
     t_a, gamma_a, t_b, gamma_b = np.broadcast_arrays(t_a, gamma_a, t_b, gamma_b)
     ratio, exponent = t_a / t_b, np.where(t_a < t_b, gamma_b, -gamma_a)
-    return (
-        (gamma_a + 1)
-        * (gamma_b + 1)
-        * ratio**exponent
-        / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
-    )
+    return (gamma_a + 1) * (gamma_b + 1) * ratio**exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
-def _vectors(
-    name: str, nimg: ArrayLike, std_name: str, std: ArrayLike
-) -> tuple[NDArray, NDArray]:
-    nimg, std = (
-        np.atleast_1d(np.asarray(nimg, np.float64)),
-        np.atleast_1d(np.asarray(std, np.float64)),
-    )
-    if (
-        nimg.ndim > 1
-        or std.ndim > 1
-        or len(nimg) != len(std)
-        and len(nimg) != 1
-        and len(std) != 1
-    ):
+def _vectors(name: str, nimg: ArrayLike, std_name: str, std: ArrayLike) -> tuple[NDArray, NDArray]:
+    nimg, std = np.atleast_1d(np.asarray(nimg, np.float64)), np.atleast_1d(np.asarray(std, np.float64))
+    if nimg.ndim > 1 or std.ndim > 1 or (len(nimg) != len(std) and 1 not in (len(nimg), len(std))):
         raise ValueError(
-            f"solve_coefficients: {name} and {std_name} must be vectors of one length, got shapes {nimg.shape}, {std.shape}"
+            f"solve_coefficients: {name} and {std_name} must be vectors of one length, "
+            f"got shapes {nimg.shape} and {std.shape}"
         )
     nimg, std = np.broadcast_arrays(nimg, std)
     return nimg, std
@@ -143,9 +113,7 @@ def parse_sigma_rel_list(text: str) -> list[float]:
     for i, item in enumerate(items):
         if item == "...":
             if len(values) < 2 or i + 1 == len(items) or items[i - 1] == "...":
-                raise ValueError(
-                    f'parse_sigma_rel_list: "..." needs two numbers before and one after, got "{text}"'
-                )
+                raise ValueError(f'parse_sigma_rel_list: "..." needs two numbers before and one after, got "{text}"')
             continue
         value = _parse_float(item, text)
         if i > 0 and items[i - 1] == "...":
@@ -153,9 +121,7 @@ def parse_sigma_rel_list(text: str) -> list[float]:
         values.append(value)
     for value in values:
         if not 0 < value < MAX_SIGMA_REL:
-            raise ValueError(
-                f"parse_sigma_rel_list: widths must be between 0 and {MAX_SIGMA_REL:.7f}, got {value:g}"
-            )
+            raise ValueError(f"parse_sigma_rel_list: widths must be between 0 and {MAX_SIGMA_REL:.7f}, got {value:g}")
     return sorted(set(values))
 
 
@@ -174,9 +140,7 @@ def _parse_float(item: str, text: str) -> float:
     try:
         return float(item)
     except ValueError:
-        raise ValueError(
-            f'parse_sigma_rel_list: "{item}" in "{text}" is not a number'
-        ) from None
+        raise ValueError(f'parse_sigma_rel_list: "{item}" in "{text}" is not a number') from None
 
 
 class PowerEMA:
@@ -185,15 +149,11 @@ class PowerEMA:
     The averages start as copies of the parameters, in float32 at least, and live beside them. Buffers are not tracked.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], sigma_rels: Sequence[float] = (0.05, 0.10)
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
         self.params = list(params)
         self.sigma_rels = [float(sigma_rel) for sigma_rel in sigma_rels]
         sigma_rel_to_gamma(self.sigma_rels)  # raises for a width out of range
-        self.profiles = [
-            [_copy(param) for param in self.params] for _ in self.sigma_rels
-        ]
+        self.profiles = [[_copy(param) for param in self.params] for _ in self.sigma_rels]
 
     def update(self, nimg_next: int, batch: int) -> None:
         """Take in the parameters after an optimizer step of `batch` images that ended at `nimg_next` images."""
@@ -213,16 +173,10 @@ class PowerEMA:
     def load_state_dict(self, state: dict[str, list]) -> None:
         """Copy averages saved by `state_dict` into these. Raises ValueError if widths, counts or shapes differ."""
         if list(state["sigma_rels"]) != self.sigma_rels:
-            raise ValueError(
-                f"PowerEMA: the state has sigma_rels {state['sigma_rels']}, expected {self.sigma_rels}"
-            )
+            raise ValueError(f"PowerEMA: the state has sigma_rels {state['sigma_rels']}, expected {self.sigma_rels}")
         shapes = [[list(ema.shape) for ema in profile] for profile in self.profiles]
-        if [
-            [list(ema.shape) for ema in profile] for profile in state["profiles"]
-        ] != shapes:
-            raise ValueError(
-                "PowerEMA: the state's averages do not have the shapes of the parameters"
-            )
+        if [[list(ema.shape) for ema in profile] for profile in state["profiles"]] != shapes:
+            raise ValueError("PowerEMA: the state's averages do not have the shapes of the parameters")
         for profile, saved in zip(self.profiles, state["profiles"], strict=True):
             for ema, value in zip(profile, saved, strict=True):
                 ema.copy_(value)

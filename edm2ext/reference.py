@@ -1,8 +1,8 @@
 """Every function of `edm2ext.ops` in plain torch: a selectable backend, and the yardstick of every test.
 
-All of them are differentiable to any order and in forward mode, and work on any device. Section numbers are those of the
-project's EDM2 specification, equation numbers those of Karras et al., "Analyzing and Improving the Training Dynamics of
-Diffusion Models" (arXiv 2312.02696).
+All of them are differentiable to any order and in forward mode, and work on any device. Section numbers are those of
+the project's EDM2 specification, equation numbers those of Karras et al., "Analyzing and Improving the Training
+Dynamics of Diffusion Models" (arXiv 2312.02696).
 """
 
 import math
@@ -20,9 +20,7 @@ EPS = 1e-4
 SILU_SCALE = 0.596
 
 
-def pixel_norm(
-    x: Tensor, eps: float = EPS, *, silu: bool = False
-) -> "Tensor | tuple[Tensor, Tensor]":
+def pixel_norm(x: Tensor, eps: float = EPS, *, silu: bool = False) -> "Tensor | tuple[Tensor, Tensor]":
     """Normalise each pixel over its channels to unit magnitude (2.10, Eq. 30): x [N, C, *] -> y, or (y, mp_silu(y))."""
     checks.activation("pixel_norm", "x", x)
     y = _normalize(x, dims=(1,), eps=eps)
@@ -49,9 +47,7 @@ def mp_sum(a: Tensor, b: Tensor, t: float = 0.5, clip: float | None = None) -> T
     return out if clip is None else out.clamp(-clip, clip)
 
 
-def mp_cat(
-    a: Tensor, b: Tensor, t: float = 0.5, *, silu: bool = False
-) -> "Tensor | tuple[Tensor, Tensor]":
+def mp_cat(a: Tensor, b: Tensor, t: float = 0.5, *, silu: bool = False) -> "Tensor | tuple[Tensor, Tensor]":
     """Magnitude-preserving concatenation along dim 1 (2.4, Eq. 103): out, or (out, mp_silu(out))."""
     a, b = checks.promoted("mp_cat", a, b)
     checks.cat_arguments(a, b, t)
@@ -84,9 +80,7 @@ def resample_down(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
     checks.down_size(x, len(taps))
     with _autocast_off(x):
         kernel = _resample_kernel(x, taps, scale=1)
-        return F.conv2d(
-            x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1]
-        )
+        return F.conv2d(x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
 
 
 def resample_up(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
@@ -95,25 +89,17 @@ def resample_up(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
     checks.image("resample_up", "x", x)
     with _autocast_off(x):
         kernel = _resample_kernel(x, taps, scale=4)
-        return F.conv_transpose2d(
-            x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1]
-        )
+        return F.conv_transpose2d(x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
 
 
 def _autocast_off(x: Tensor) -> AbstractContextManager:
     """Resampling is no matrix product: it keeps its input's dtype, although a convolution computes it here."""
-    return (
-        nullcontext()
-        if product_dtype(x) == x.dtype
-        else torch.autocast(x.device.type, enabled=False)
-    )
+    return nullcontext() if product_dtype(x) == x.dtype else torch.autocast(x.device.type, enabled=False)
 
 
 def _resample_kernel(x: Tensor, taps: list[float], scale: float) -> Tensor:
     outer = [[scale * row * column for column in taps] for row in taps]
-    return torch.tensor(outer, dtype=x.dtype, device=x.device).expand(
-        x.shape[1], 1, -1, -1
-    )
+    return torch.tensor(outer, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, -1, -1)
 
 
 def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
@@ -123,9 +109,7 @@ def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
 
 
 @overload
-def effective_weight(
-    w: Tensor, gain: "Tensor | float" = 1, dtype: torch.dtype | None = None
-) -> Tensor: ...
+def effective_weight(w: Tensor, gain: "Tensor | float" = 1, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 @overload
@@ -142,16 +126,12 @@ def effective_weight(w, gain=1, dtype=None):
     `w` and `gain` may also be lists of equal length (a single number stands for all); the result then is a list.
     """
     if not isinstance(w, Tensor):
-        return [
-            effective_weight(*pair, dtype) for pair in checks.weights_and_gains(w, gain)
-        ]
+        return [effective_weight(*pair, dtype) for pair in checks.weights_and_gains(w, gain)]
     checks.weight("effective_weight", "w", w)
     checks.gain("effective_weight", gain)
     fan_in = w[0].numel() if w.shape[0] > 0 else 1
     normalized = normalize_weight(w.to(_compute_dtype(w)))
-    return (normalized * (gain / math.sqrt(fan_in))).to(
-        w.dtype if dtype is None else dtype
-    )
+    return (normalized * (gain / math.sqrt(fan_in))).to(w.dtype if dtype is None else dtype)
 
 
 @torch.no_grad()
@@ -180,14 +160,10 @@ def mp_conv2d(
     pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
     dtype = product_dtype(x)
     kernel = w.to(dtype) if prepared else effective_weight(w, gain, dtype)
-    return F.conv2d(
-        x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups
-    )
+    return F.conv2d(x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups)
 
 
-def mp_linear(
-    x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: bool = False
-) -> Tensor:
+def mp_linear(x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: bool = False) -> Tensor:
     """Magnitude-preserving linear layer without bias: x [..., in] with the raw weight w [out, in] (2.6, Eq. 47)."""
     checks.linear_arguments(x, w, gain, prepared)
     dtype = product_dtype(x)
@@ -197,11 +173,7 @@ def mp_linear(
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which convolutions and matrix products of x run: autocast's where that applies, else x's own."""
     device = x.device.type
-    if (
-        x.dtype != torch.float64
-        and device in ("cpu", "cuda")
-        and torch.is_autocast_enabled(device)
-    ):
+    if x.dtype != torch.float64 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -214,13 +186,9 @@ def cosine_attention(qkv: Tensor, num_heads: int) -> Tensor:
     checks.heads("cosine_attention", qkv, num_heads)
     batch, channels, spatial = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2:]
     depth = channels // num_heads
-    q, k, v = _normalize(
-        qkv.reshape(batch, num_heads, depth, 3, spatial.numel()), dims=(2,), eps=EPS
-    ).unbind(3)
+    q, k, v = _normalize(qkv.reshape(batch, num_heads, depth, 3, spatial.numel()), dims=(2,), eps=EPS).unbind(3)
     attention = torch.einsum("nhdq,nhdk->nhqk", q, k / math.sqrt(depth)).softmax(dim=-1)
-    out = torch.einsum("nhqk,nhdk->nhdq", attention, v).reshape(
-        batch, channels, *spatial
-    )
+    out = torch.einsum("nhqk,nhdk->nhdq", attention, v).reshape(batch, channels, *spatial)
     return out.contiguous(memory_format=memory_format(qkv))
 
 
@@ -241,9 +209,7 @@ def ema_update_(
 
 
 @torch.no_grad()
-def accumulate_snapshots(
-    inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None = None
-) -> Tensor:
+def accumulate_snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None = None) -> Tensor:
     """out[m] += sum over n of coefs[n, m] * inputs[n], in float32 (5.4).
 
     inputs: N tensors [*] in float16, bfloat16 or float32; coefs [N, M]; out, if given, [M, *] float32, is added to.
@@ -264,13 +230,12 @@ def accumulate_snapshots(
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of an op's output for input x: channels_last if x is that and not contiguous as well, else contiguous."""
-    if (
-        x.dim() == 4
-        and not x.is_contiguous()
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return torch.channels_last
+    """The format of an op's output for input x: channels_last if x is that only, else contiguous."""
+    if x.is_contiguous() or x.numel() == 0:
+        return torch.contiguous_format
+    for dim, channels_last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dim and x.is_contiguous(memory_format=channels_last):
+            return channels_last
     return torch.contiguous_format
 
 

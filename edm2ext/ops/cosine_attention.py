@@ -1,0 +1,126 @@
+"""Cosine attention (specification 2.12 steps 2 to 6, Eqs. 30 to 34): native normalisation, torch's matrix products."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edm2ext import backend, checks, reference
+from edm2ext.reference import EPS, memory_format, product_dtype
+
+_qkv_norm = backend.op("qkv_norm")
+_qkv_norm_backward = backend.op("qkv_norm_backward")
+_KERNELS = backend.kernels("qkv_norm", "qkv_norm_backward")
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def cosine_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention over all pixels with q, k and v normalised per head: qkv [N, 3C, *] -> [N, C, *] (2.12, Eqs. 30 to 34).
+
+    Channel (h * d + i) * 3 + j of qkv is channel i of head h of q, k or v (j = 0, 1, 2), d = C / num_heads. Under
+    autocast the products run in its dtype. Raises ValueError or TypeError unless 3 * num_heads divides the channels.
+    """
+    checks.heads("cosine_attention", qkv, num_heads)
+    dtype = product_dtype(qkv)
+    if not (backend.native(qkv, _KERNELS) and dtype in backend.dtypes(qkv)):
+        return reference.cosine_attention(qkv, num_heads)
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _CosineAttention.apply(qkv, num_heads, dtype)
+    return _attend(*_normalized(qkv, num_heads, dtype), qkv)[0]
+
+
+class _CosineAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+        q, k, v = _normalized(qkv, num_heads, dtype)
+        out, saved = _attend(q, k, v, qkv)
+        ctx.save_for_backward(qkv, q, k, v, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q, k, v, *saved = ctx.saved_tensors
+        heads = q.shape[1]
+        if backend.differentiating_backward():
+            function = lambda qkv: reference.cosine_attention(qkv, heads).to(grad.dtype)  # noqa: E731
+            return *backend.reference_vjp(function, (qkv,), (True,), (grad,)), None, None
+        grads = _attend_backward(grad, q, k, v, saved)
+        return _qkv_norm_backward(*(g.to(qkv.dtype) for g in grads), qkv, heads, EPS), None, None
+
+
+def _normalized(qkv: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each [N, heads, pixels, d], in the dtype of the products."""
+    q, k, v = _qkv_norm(qkv, num_heads, EPS)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _explicit(q: Tensor) -> bool:
+    """Whether plain products and a softmax beat torch's fused CPU attention on q [N, heads, pixels, d].
+
+    Measured forward + backward with d = 64: in float32 they need two thirds of its time at 16 pixels, equal it at 64
+    and lose from 256 on, where it keeps its tiles in cache; in bfloat16 its backward pass is 2 to 14 times slower up to
+    256 pixels, and equal at 1024.
+    """
+    return q.shape[2] <= (1024 if q.dtype == torch.bfloat16 else 48)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output in qkv's layout and what the backward pass needs: the probabilities, or output and log-sum-exp."""
+    if _explicit(q):
+        probabilities = _probabilities(q.flatten(0, 1), k.flatten(0, 1))
+        out = torch.bmm(probabilities, v.flatten(0, 1)).view_as(v)
+        return _merge_heads(out, qkv), (probabilities,)
+    out, logsumexp = _flash(q, k, v)
+    return _merge_heads(out, qkv), (out, logsumexp)
+
+
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients for q, k and v (2.12)."""
+    batch, heads, pixels, depth = q.shape
+    grad = grad.reshape(batch, heads, depth, pixels).transpose(2, 3)
+    if len(saved) == 2:
+        return _flash_backward(grad.contiguous(), q, k, v, *saved, 0.0, False)
+    (probabilities,) = saved
+    grad = grad.reshape(batch * heads, pixels, depth)
+    grad_v = torch.bmm(probabilities.transpose(1, 2), grad)
+    grad_probabilities = torch.bmm(grad, v.flatten(0, 1).transpose(1, 2))
+    grad_logits = torch._softmax_backward_data(grad_probabilities, probabilities, -1, q.dtype)
+    grad_q = _scaled_bmm(grad_logits, k.flatten(0, 1), depth)
+    grad_k = _scaled_bmm(grad_logits.transpose(1, 2), q.flatten(0, 1), depth)
+    return grad_q.view_as(q), grad_k.view_as(k), grad_v.view_as(v)
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    # torch.softmax would answer in float32 under autocast
+    return torch._softmax(_scaled_bmm(q, k.transpose(1, 2), q.shape[2]), -1, False)
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, depth: int) -> Tensor:
+    """a @ b / sqrt(depth)."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1 / math.sqrt(depth))
+
+
+def _merge_heads(out: Tensor, qkv: Tensor) -> Tensor:
+    """[N, heads, pixels, d] -> [N, heads * d, *] in the memory format of qkv."""
+    batch, heads, _, depth = out.shape
+    spatial = qkv.shape[2:]
+    if memory_format(qkv) != torch.contiguous_format:
+        return out.transpose(1, 2).reshape(batch, *spatial, heads * depth).movedim(-1, 1)
+    return out.transpose(2, 3).reshape(batch, heads * depth, *spatial)
+
+
+@backend.fake("qkv_norm")
+def _(qkv: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(qkv.dim() >= 2 and qkv.shape[1] % (3 * heads) == 0)
+    shape = (qkv.shape[0], heads, qkv.shape[2:].numel(), qkv.shape[1] // (3 * heads))
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+@backend.fake("qkv_norm_backward")
+def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, heads: int, eps: float) -> Tensor:
+    torch._check(grad_q.numel() * 3 == qkv.numel())
+    torch._check(grad_q.shape == grad_k.shape and grad_q.shape == grad_v.shape)
+    return backend.empty_output(qkv)
