@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import inf, isfinite, sqrt
 
 import torch
@@ -93,7 +94,7 @@ def edm_sampler(
     t_steps = noise_levels(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
     churn = min(S_churn / num_steps, sqrt(2) - 1)
     x = noise.to(dtype) * t_steps[0]
-    for i, (t, t_next) in enumerate(zip(t_steps[:-1], t_steps[1:])):
+    for i, (t, t_next) in enumerate(pairwise(t_steps)):
         t_hat, x_hat = t, x
         if S_churn > 0 and S_min <= t <= S_max:
             t_hat = t * (1 + churn)

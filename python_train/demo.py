@@ -1,0 +1,223 @@
+"""What the no-argument run does after training: pick an EMA length, draw digits, check that they are good and new."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import SVC
+from torch import Tensor
+from tqdm import tqdm
+
+from python_train import UserError
+from python_train.checkpoint import snapshot_name, write_text
+from python_train.config import PRESETS
+from python_train.data import DIGITS, Encoder, open_dataset, open_encoder
+from python_train.generate import generate_batch
+from python_train.loss import EDM2Loss
+from python_train.network import Precond
+from python_train.reconstruct import find_snapshots, reconstruct
+from python_train.report import SweepPoint, image_grid, plot_ema_sweep, plot_loss, read_stats, save_png
+
+SIGMA_RELS = (0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
+NEEDED_ACCURACY, AIMED_ACCURACY = 0.95, 0.97
+SWEEP_SEED, FINAL_SEED = 100_000, 0
+BATCH = 250
+
+
+def to_features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Rows of pixel values 0..16, scikit-learn's own scale of the digits, from uint8 images [N,1,8,8]."""
+    return images.reshape(len(images), -1) * (16 / 255)
+
+
+class DigitJudge:
+    """A support vector machine trained on all real digits; ``held_out_accuracy`` is from 5-fold cross-validation."""
+
+    def __init__(self, features: NDArray[np.float64], classes: NDArray[np.int64]) -> None:
+        self.held_out_accuracy = float(cross_val_score(SVC(gamma=0.001), features, classes, cv=5).mean())
+        self.machine = SVC(gamma=0.001).fit(features, classes)
+
+    def accuracy(self, features: NDArray[np.float64], classes: NDArray[np.int64]) -> float:
+        """Fraction of the images that it takes for the class given."""
+        return float((self.machine.predict(features) == classes).mean())
+
+
+def nearest(features: NDArray[np.float64], real: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Euclidean distance to, and index of, the nearest row of ``real`` for each row of ``features``."""
+    distances, indices = torch.cdist(torch.from_numpy(features), torch.from_numpy(real)).min(dim=1)
+    return distances.numpy(), indices.numpy()
+
+
+def nearest_other(real: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance from each row to the nearest other row."""
+    distances = torch.cdist(torch.from_numpy(real), torch.from_numpy(real))
+    return distances.fill_diagonal_(torch.inf).min(dim=1).values.numpy()
+
+
+def generate_classes(
+    net: Precond, encoder: Encoder, per_class: int, first_seed: int, num_steps: int, progress: tqdm
+) -> NDArray[np.uint8]:
+    """``per_class`` images of every class, class by class: uint8 [classes * per_class, C, H, W], consecutive seeds."""
+    classes = np.repeat(np.arange(net.label_dim), per_class)
+    images = []
+    for start in range(0, len(classes), BATCH):
+        chunk = classes[start : start + BATCH]
+        seeds = range(first_seed + start, first_seed + start + len(chunk))
+        images.append(generate_batch(net, encoder, seeds, chunk.tolist(), num_steps=num_steps).cpu().numpy())
+        progress.update(len(chunk))
+    return np.concatenate(images)
+
+
+def objective(net: Precond, loss: EDM2Loss, images: Tensor, labels: Tensor) -> float:
+    """Mean training loss of images [N,C,H,W] with the same noise for every network."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = loss.sigma(torch.randn(len(images), 1, 1, 1, generator=generator)).to(images.device)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    with torch.no_grad():
+        return float(loss.at(net, images, labels, sigma, noise).mean())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How good and how new the generated images are; distances are between vectors of pixel values 0..16."""
+
+    sigma_rel: float
+    images: int
+    accuracy: float  # taken for the class asked for by the judge
+    judge_held_out_accuracy: float  # the judge's own, on real digits that it was not trained on
+    nearest_median: float  # generated to nearest real
+    nearest_minimum: float
+    real_nearest_median: float  # real to nearest other real
+    close_threshold: float  # 1 % of the real digits have another one closer than this
+    close_fraction: float  # of the generated: nearest real one closer than that
+    copies: int  # generated images equal to a real one
+
+
+def judge_images(
+    sigma_rel: float,
+    generated: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    real: NDArray[np.float64],
+    judge: DigitJudge,
+) -> Verdict:
+    """Classify generated rows of pixel values; compare their distances to the real ones with those among the real."""
+    to_real = nearest(generated, real)[0]
+    among_real = nearest_other(real)
+    threshold = float(np.quantile(among_real, 0.01))
+    return Verdict(
+        sigma_rel=sigma_rel,
+        images=len(generated),
+        accuracy=judge.accuracy(generated, classes),
+        judge_held_out_accuracy=judge.held_out_accuracy,
+        nearest_median=float(np.median(to_real)),
+        nearest_minimum=float(to_real.min()),
+        real_nearest_median=float(np.median(among_real)),
+        close_threshold=threshold,
+        close_fraction=float((to_real < threshold).mean()),
+        copies=int((to_real == 0).sum()),
+    )
+
+
+def describe(verdict: Verdict) -> list[str]:
+    """The figures in words, one line each."""
+    return [
+        f"class accuracy of {verdict.images} generated digits: {100 * verdict.accuracy:.1f} % "
+        f"(needs {100 * NEEDED_ACCURACY:g} %, aim {100 * AIMED_ACCURACY:g} %; "
+        f"the classifier's own on held-out real digits: {100 * verdict.judge_held_out_accuracy:.1f} %)",
+        f"nearest real digit, median distance: {verdict.nearest_median:.1f} from a generated digit, "
+        f"{verdict.real_nearest_median:.1f} from another real digit",
+        f"closer than {verdict.close_threshold:.1f}, as 1 % of the real digits are to another: "
+        f"{100 * verdict.close_fraction:.1f} % of the generated; exact copies: {verdict.copies}",
+    ]
+
+
+def rows_of_classes(images: NDArray[np.uint8], num_classes: int, columns: int) -> NDArray[np.uint8]:
+    """The first ``columns`` images of each class as [classes, columns, C, H, W], from images ordered by class."""
+    return images.reshape(num_classes, -1, *images.shape[1:])[:, :columns]
+
+
+def finish(
+    run_dir: Path,
+    device: str | torch.device = "cpu",
+    *,
+    sigma_rels: Sequence[float] = SIGMA_RELS,
+    sweep_per_class: int = 20,
+    sweep_steps: int = 12,
+    final_per_class: int = 50,
+    final_steps: int = 32,
+    log: Callable[[str], None] = click.echo,
+) -> Verdict:
+    """Turn a finished training run on the digits into pictures and figures, in run_dir.
+
+    Reconstructs the EMA lengths ``sigma_rels``, generates ``sweep_per_class`` digits a class with each, and keeps the
+    one with the lowest loss as a snapshot (accuracies differ by less than so few images can tell). Draws
+    ``final_per_class`` digits a class from it with other seeds, judges them, and writes ``grid-samples.png``,
+    ``grid-nearest.png``, ``ema-sweep.png``, ``loss.png`` and ``report.json``.
+
+    Raises UserError if the run has no snapshots, or, after writing everything, if fewer than 95 % of the generated
+    digits are taken for the class asked for.
+    """
+    run_dir = Path(run_dir)
+    snapshots = find_snapshots(run_dir)
+    encoder = open_encoder(snapshots[-1].header["encoder"])
+    images, labels = open_dataset(DIGITS).load_all()
+    real, real_classes = to_features(images.numpy()), labels.argmax(dim=1).numpy()
+    judge = DigitJudge(real, real_classes)
+    clean, labels = encoder.encode(images).to(device), labels.to(device)
+    loss = EDM2Loss(PRESETS[DIGITS]["P_mean"], PRESETS[DIGITS]["P_std"])
+    num_classes = labels.shape[1]
+
+    sweep: list[SweepPoint] = []
+    per_network = sweep_per_class * num_classes
+    with tqdm(total=len(sigma_rels) * per_network, desc="EMA lengths", unit="image") as progress:
+        for candidate in reconstruct(snapshots, sigma_rels):
+            net = candidate.net.to(device)
+            drawn = generate_classes(net, encoder, sweep_per_class, SWEEP_SEED, sweep_steps, progress)
+            features = to_features(drawn)
+            accuracy = judge.accuracy(features, np.repeat(np.arange(num_classes), sweep_per_class))
+            distance = float(np.median(nearest(features, real)[0]))
+            value = objective(net, loss, clean, labels)
+            sweep.append(SweepPoint(candidate.sigma_rel, value, accuracy, len(drawn), distance))
+            if value <= min(point.loss for point in sweep):
+                chosen = candidate
+    snapshot_path = run_dir / snapshot_name(chosen.nimg, chosen.sigma_rel, "phema")
+    chosen.save(snapshot_path)
+
+    with tqdm(total=final_per_class * num_classes, desc="final digits", unit="image") as progress:
+        generated = generate_classes(chosen.net, encoder, final_per_class, FINAL_SEED, final_steps, progress)
+    features = to_features(generated)
+    classes = np.repeat(np.arange(num_classes), final_per_class)
+    verdict = judge_images(chosen.sigma_rel, features, classes, real, judge)
+
+    kimg = f"after {chosen.nimg // 1000} thousand images, EMA length {chosen.sigma_rel:g}"
+    names = [str(digit) for digit in range(num_classes)]
+    grid = image_grid(rows_of_classes(generated, num_classes, 10), names, f"Generated digits {kimg}")
+    save_png(run_dir / "grid-samples.png", grid)
+    neighbours = images.numpy()[nearest(features, real)[1]]
+    pairs = np.stack([generated, neighbours], axis=1)
+    pairs = rows_of_classes(pairs, num_classes, 5).reshape(num_classes, -1, *generated.shape[1:])
+    grid = image_grid(pairs, names, "Generated (left) and nearest real digit (right)", columns_per_group=2)
+    save_png(run_dir / "grid-nearest.png", grid)
+    plot_ema_sweep(run_dir / "ema-sweep.png", sweep, chosen.sigma_rel, NEEDED_ACCURACY, verdict.real_nearest_median)
+    plot_loss(run_dir / "loss.png", read_stats(run_dir / "stats.jsonl"))
+    figures = {"verdict": asdict(verdict), "sweep": [asdict(point) for point in sweep], "snapshot": snapshot_path.name}
+    write_text(run_dir / "report.json", json.dumps(figures, indent=2) + "\n")
+
+    for line in describe(verdict):
+        log(line)
+    log("pictures:")
+    for name in ("grid-samples.png", "grid-nearest.png", "ema-sweep.png", "loss.png"):
+        log(f"  {run_dir / name}")
+    if verdict.accuracy < NEEDED_ACCURACY:
+        raise UserError(
+            f"only {100 * verdict.accuracy:.1f} % of the generated digits are taken for the class asked for; "
+            f"{100 * NEEDED_ACCURACY:g} % are needed"
+        )
+    return verdict
