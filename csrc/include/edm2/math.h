@@ -106,6 +106,43 @@ EDM2_FORMULA double exp(double x) {
 #endif
 }
 
+/// Beyond this the reduction below loses accuracy.
+constexpr double kTrigLimit = 1e6;
+
+/// cos(x), or sin(x) if Sine, within 2 ulp for |x| <= kTrigLimit. x = k pi / 2 + r with pi / 2 in three parts, the
+/// products of the first two with k exact; sine and cosine of r by minimax polynomials (relative errors 2e-17); k picks
+/// one and its sign.
+template <bool Sine>
+EDM2_FORMULA double trig(double x) {
+#if defined(__CUDA_ARCH__)
+  return Sine ? ::sin(x) : ::cos(x);
+#else
+  const double shifted = x * 0.63661977236758134 + 6755399441055744.0;
+  const double k = shifted - 6755399441055744.0;
+  double r = x - k * 1.57079632673412561417;
+  r = r - k * 6.07710050630396597660e-11;
+  r = r - k * 2.02226624879595063154e-21;
+  const double u = r * r;
+  double s = 1.59181145104037275e-10;
+  s = s * u - 2.5051131660274163e-8;
+  s = s * u + 2.75573161017889576e-6;
+  s = s * u - 1.98412698367574071e-4;
+  s = s * u + 8.33333333333094798e-3;
+  s = s * u - 1.66666666666666646e-1;
+  s = s * u * r + r;
+  double c = -1.13826222517344388e-11;
+  c = c * u + 2.08761461385748554e-9;
+  c = c * u - 2.75573172711751659e-7;
+  c = c * u + 2.4801587298764788e-5;
+  c = c * u - 1.38888888888873968e-3;
+  c = c * u + 4.16666666666666654e-2;
+  c = c * u * u + (1.0 - 0.5 * u);
+  const int64_t quadrant = to_bits(shifted) + (Sine ? 0 : 1);  // cos(x) = sin(x + pi / 2)
+  const double value = (quadrant & 1) != 0 ? c : s;
+  return (quadrant & 2) != 0 ? -value : value;
+#endif
+}
+
 /// MP-SiLU, z * sigmoid(z) / 0.596 (Eq. 81).
 template <class T>
 EDM2_FORMULA T mp_silu(T z) {

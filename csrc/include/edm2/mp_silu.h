@@ -53,11 +53,14 @@ void mp_silu_modulated_backward(const MPSiLUModulatedBackwardParams& params, int
 }  // namespace cpu
 
 namespace cuda {
-/// All return a cudaError_t.
+/// Launches return a cudaError_t.
 int launch_mp_silu(const MPSiLUParams& params, CUstream_st* stream);
 int launch_mp_silu_backward(const MPSiLUBackwardParams& params, CUstream_st* stream);
 int launch_mp_silu_modulated(const MPSiLUModulatedParams& params, CUstream_st* stream);
-int launch_mp_silu_modulated_backward(const MPSiLUModulatedBackwardParams& params, CUstream_st* stream);
+/// Floats of workspace that launch_mp_silu_modulated_backward wants (0: none).
+int64_t mp_silu_modulated_backward_workspace(const Activation& shape);
+int launch_mp_silu_modulated_backward(const MPSiLUModulatedBackwardParams& params, float* workspace,
+                                      CUstream_st* stream);
 }  // namespace cuda
 
 }  // namespace edm2

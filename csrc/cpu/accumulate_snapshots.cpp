@@ -1,0 +1,66 @@
+#include "edm2/accumulate_snapshots.h"
+
+#include "kernels.h"
+#include "storage.h"
+
+namespace edm2::cpu::EDM2_CPU_ISA {
+namespace {
+
+/// Elements and inputs worked on at a time: the block of inputs, widened, and the block of one output stay in the L1
+/// cache.
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kInputs = 4;
+
+template <class T>
+void widen_block(const T* __restrict from, float* __restrict to, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
+}
+
+void load(const SnapshotInput& input, int64_t at, float* to, int64_t size) {
+  if (input.dtype == DType::kFloat32) {
+    widen_block(as<float>(input.data) + at, to, size);
+  } else if (input.dtype == DType::kFloat16) {
+    widen_block(as<Float16>(input.data) + at, to, size);
+  } else {
+    widen_block(as<BFloat16>(input.data) + at, to, size);
+  }
+}
+
+void add(const float (&block)[kInputs][kBlock], const float (&coef)[kInputs], float* __restrict out, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] += (coef[0] * block[0][i] + coef[1] * block[1][i]) + (coef[2] * block[2][i] + coef[3] * block[3][i]);
+  }
+}
+
+}  // namespace
+
+void accumulate_snapshots(const AccumulateSnapshotsParams& p, int64_t begin, int64_t end) {
+  alignas(64) float block[kInputs][kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t size = min(kBlock, end - at);
+    for (int64_t first = 0; first < p.num_inputs; first += kInputs) {
+      const int64_t count = min(kInputs, p.num_inputs - first);
+      for (int64_t n = 0; n < count; ++n) load(p.inputs[first + n], at, block[n], size);
+      for (int64_t m = 0; m < p.num_outputs; ++m) {
+        float* out = p.out + m * p.numel + at;
+        if (count == kInputs) {
+          float coef[kInputs];
+          for (int64_t n = 0; n < kInputs; ++n) {
+            coef[n] = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
+          }
+          add(block, coef, out, size);
+        } else {
+          for (int64_t n = 0; n < count; ++n) {
+            const float coef = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) out[i] += coef * block[n][i];
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace edm2::cpu::EDM2_CPU_ISA

@@ -1,0 +1,244 @@
+#include "edm2/normalize_weight.h"
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+
+namespace edm2::torch_ops {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+/// A weight [rows, ...]: every row lies together in memory, in both formats.
+struct Weight {
+  View view;
+  int64_t rows;
+  int64_t row_size;
+
+  Weight(const Tensor& t, const char* op, const char* argument) : view(dense(t)) {
+    EDM2_CHECK(view.dim >= 2, op, argument, "expected shape [out, in, ...], got ", view.shape());
+    rows = view.sizes[0];
+    row_size = 1;
+    for (int64_t i = 1; i < view.dim; ++i) row_size *= view.sizes[i];
+  }
+};
+
+/// gain / sqrt(fan-in) (spec 2.6, step 4).
+double factor_of(double gain, int64_t fan_in) { return fan_in > 0 ? gain / std::sqrt(static_cast<double>(fan_in)) : 0; }
+
+double value_of(const Tensor& gain, const char* op, const char* argument) {
+  const View view(gain);
+  EDM2_CHECK(view.dim == 0, op, argument, "expected a tensor without dimensions, got shape ", view.shape());
+  EDM2_CHECK(gain.is_cpu(), op, argument, "expected a tensor on the CPU");
+  switch (view.scalar_type) {
+    case ScalarType::Float:
+      return *static_cast<const float*>(gain.const_data_ptr());
+    case ScalarType::Double:
+      return *static_cast<const double*>(gain.const_data_ptr());
+    default:
+      EDM2_CHECK(false, op, argument, "expected float32 or float64, got ", to_string(view.scalar_type));
+  }
+}
+
+/// Collects tensors of one dtype for one call of a kernel.
+template <class Rows>
+struct Batch {
+  std::vector<Rows> tensors;
+  std::vector<int64_t> offsets{0};
+
+  explicit Batch(size_t size) {
+    tensors.reserve(size);
+    offsets.reserve(size + 1);
+  }
+  void add(const Rows& rows) {
+    tensors.push_back(rows);
+    offsets.push_back(offsets.back() + rows.rows * rows.row_size);
+  }
+  int64_t size() const { return static_cast<int64_t>(tensors.size()); }
+};
+
+void run(const Batch<WeightRows>& batch, DType dtype, DType out_dtype, double eps) {
+  const NormalizeWeightParams params{batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, out_dtype, eps};
+  run_cpu(cpu::normalize_weight, params, batch.offsets.back(), batch.offsets.back());
+}
+
+void run(const Batch<WeightRowsBackward>& batch, DType dtype, DType grad_dtype, double eps) {
+  const NormalizeWeightBackwardParams params{
+      batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, grad_dtype, eps};
+  run_cpu(cpu::normalize_weight_backward, params, batch.offsets.back(), batch.offsets.back(), 2);
+}
+
+void check_one_dtype(const View& first, const View& view, const char* op, const char* argument) {
+  EDM2_CHECK(first.scalar_type == view.scalar_type, op, argument, "expected tensors of one dtype, got ",
+             to_string(first.scalar_type), " and ", to_string(view.scalar_type));
+}
+
+DType out_dtype_of(ScalarType type, const char* op) {
+  const DType dtype = dtype_of(type, op, "dtype");
+  EDM2_CHECK(dtype != DType::kFloat16, op, "dtype", "expected float32, float64 or bfloat16 on the CPU, got Half");
+  return dtype;
+}
+
+Tensor normalize_weight(const Tensor& w_, double eps) {
+  const char* op = "normalize_weight";
+  const Weight w(w_, op, "w");
+  const DType dtype = cpu_dtype_of(w.view, op, "w");
+  const Tensor out = empty_like(w.view);
+  Batch<WeightRows> batch(1);
+  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1.0});
+  run(batch, dtype, dtype, eps);
+  return out;
+}
+
+/// The gradient of w. row_dots [rows], if wanted, receives <grad, y>.
+Tensor backward(const Tensor& grad_, const Weight& w, double factor, double eps, double* row_dots, const char* op) {
+  const View grad = dense(grad_, w.view.format);
+  check_same_shape(w.view, grad, op, "grad");
+  const Tensor grad_w = empty_like(w.view);
+  Batch<WeightRowsBackward> batch(1);
+  batch.add({grad.data(), w.view.data(), grad_w.mutable_data_ptr(), row_dots, w.rows, w.row_size, factor});
+  run(batch, cpu_dtype_of(w.view, op, "w"), cpu_dtype_of(grad, op, "grad"), eps);
+  return grad_w;
+}
+
+Tensor normalize_weight_backward(const Tensor& grad, const Tensor& w_, double eps) {
+  const char* op = "normalize_weight_backward";
+  return backward(grad, Weight(w_, op, "w"), 1.0, eps, nullptr, op);
+}
+
+Tensor effective_weight(const Tensor& w_, const std::optional<Tensor>& gain, double scale, double eps,
+                        ScalarType type) {
+  const char* op = "effective_weight";
+  const Weight w(w_, op, "w");
+  const DType out_dtype = out_dtype_of(type, op);
+  const double factor = factor_of(scale * (gain ? value_of(*gain, op, "gain") : 1.0), w.row_size);
+  const Tensor out = empty(w.view, w.view.sizes, w.view.dim, w.view.format, type);
+  Batch<WeightRows> batch(1);
+  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, factor});
+  run(batch, cpu_dtype_of(w.view, op, "w"), out_dtype, eps);
+  return out;
+}
+
+/// The gain's gradient (spec 2.6) as a 0-dim tensor: fp64 for fp64 weights, else fp32.
+Tensor gain_gradient(const View& w, const double* row_dots, int64_t rows, double factor) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += row_dots[i];
+  const ScalarType type = w.scalar_type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor grad_gain = empty(w, nullptr, 0, Format::kContiguous, type);
+  if (type == ScalarType::Double) {
+    *static_cast<double*>(grad_gain.mutable_data_ptr()) = sum * factor;
+  } else {
+    *static_cast<float*>(grad_gain.mutable_data_ptr()) = static_cast<float>(sum * factor);
+  }
+  return grad_gain;
+}
+
+std::tuple<Tensor, Tensor> effective_weight_backward(const Tensor& grad, const Tensor& w_,
+                                                     const std::optional<Tensor>& gain, double scale, double eps) {
+  const char* op = "effective_weight_backward";
+  const Weight w(w_, op, "w");
+  const double factor = factor_of(scale * (gain ? value_of(*gain, op, "gain") : 1.0), w.row_size);
+  std::vector<double> row_dots(static_cast<size_t>(w.rows), 0.0);
+  const Tensor grad_w = backward(grad, w, factor, eps, row_dots.data(), op);
+  return {grad_w, gain_gradient(w.view, row_dots.data(), w.rows, factor_of(scale, w.row_size))};
+}
+
+std::vector<Weight> weights_of(const Tensors& tensors, const char* op) {
+  std::vector<Weight> weights;
+  weights.reserve(tensors.size());
+  for (const Tensor& t : tensors) {
+    weights.emplace_back(t, op, "weights");
+    check_one_dtype(weights.front().view, weights.back().view, op, "weights");
+  }
+  return weights;
+}
+
+void check_lengths(const Tensors& expected, const Tensors& got, const char* op, const char* argument) {
+  EDM2_CHECK(expected.size() == got.size(), op, argument, "expected as many as weights, ", expected.size(), ", got ",
+             got.size());
+}
+
+Tensors effective_weights(const Tensors& tensors, const Tensors& gains, double eps, ScalarType type) {
+  const char* op = "effective_weights";
+  check_lengths(tensors, gains, op, "gains");
+  const DType out_dtype = out_dtype_of(type, op);
+  const std::vector<Weight> weights = weights_of(tensors, op);
+  Batch<WeightRows> batch(weights.size());
+  Tensors outs;
+  outs.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& w = weights[i];
+    outs.push_back(empty(w.view, w.view.sizes, w.view.dim, w.view.format, type));
+    batch.add({w.view.data(), outs.back().mutable_data_ptr(), w.rows, w.row_size,
+               factor_of(value_of(gains[i], op, "gains"), w.row_size)});
+  }
+  if (!weights.empty()) run(batch, cpu_dtype_of(weights.front().view, op, "weights"), out_dtype, eps);
+  return outs;
+}
+
+std::tuple<Tensors, Tensors> effective_weights_backward(const Tensors& grads_, const Tensors& tensors,
+                                                        const Tensors& gains, double eps) {
+  const char* op = "effective_weights_backward";
+  check_lengths(tensors, gains, op, "gains");
+  check_lengths(tensors, grads_, op, "grads");
+  const std::vector<Weight> weights = weights_of(tensors, op);
+  if (weights.empty()) return {};
+  std::vector<View> grads;
+  grads.reserve(weights.size());
+  Tensors grad_weights, grad_gains;
+  size_t rows = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    grads.push_back(dense(grads_[i], weights[i].view.format));
+    check_same_shape(weights[i].view, grads[i], op, "grads");
+    check_one_dtype(grads.front(), grads[i], op, "grads");
+    rows += static_cast<size_t>(weights[i].rows);
+  }
+  std::vector<double> row_dots(rows, 0.0);
+  Batch<WeightRowsBackward> batch(weights.size());
+  double* dots = row_dots.data();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& w = weights[i];
+    grad_weights.push_back(empty_like(w.view));
+    batch.add({grads[i].data(), w.view.data(), grad_weights.back().mutable_data_ptr(), dots, w.rows, w.row_size,
+               factor_of(value_of(gains[i], op, "gains"), w.row_size)});
+    dots += w.rows;
+  }
+  run(batch, cpu_dtype_of(weights.front().view, op, "weights"), cpu_dtype_of(grads.front(), op, "grads"), eps);
+  dots = row_dots.data();
+  for (const Weight& w : weights) {
+    grad_gains.push_back(gain_gradient(w.view, dots, w.rows, factor_of(1.0, w.row_size)));
+    dots += w.rows;
+  }
+  return {grad_weights, grad_gains};
+}
+
+void force_normalize_(const Tensors& tensors, double eps) {
+  const char* op = "force_normalize_";
+  const std::vector<Weight> weights = weights_of(tensors, op);
+  if (weights.empty()) return;
+  Batch<WeightRows> batch(weights.size());
+  for (const Weight& w : weights) batch.add({w.view.data(), w.view.data(), w.rows, w.row_size, 1.0});
+  const DType dtype = cpu_dtype_of(weights.front().view, op, "weights");
+  run(batch, dtype, dtype, eps);
+  for (size_t i = 0; i < weights.size(); ++i) {  // tensors in a format of their own were normalised as a copy
+    Tensor target = tensors[i];
+    if (target.data_ptr() != weights[i].view.data()) torch::stable::copy_(target, weights[i].view.tensor);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(edm2, CPU, m) {
+  m.impl("normalize_weight", TORCH_BOX(&normalize_weight));
+  m.impl("normalize_weight_backward", TORCH_BOX(&normalize_weight_backward));
+  m.impl("effective_weight", TORCH_BOX(&effective_weight));
+  m.impl("effective_weight_backward", TORCH_BOX(&effective_weight_backward));
+  m.impl("effective_weights", TORCH_BOX(&effective_weights));
+  m.impl("effective_weights_backward", TORCH_BOX(&effective_weights_backward));
+  m.impl("force_normalize_", TORCH_BOX(&force_normalize_));
+}
+
+}  // namespace edm2::torch_ops
