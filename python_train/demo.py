@@ -30,6 +30,7 @@ SIGMA_RELS = (0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
 NEEDED_ACCURACY, AIMED_ACCURACY = 0.95, 0.97
 SWEEP_SEED, FINAL_SEED = 100_000, 0
 BATCH = 250
+PICTURES = ("grid-samples.png", "grid-pixels.png", "grid-nearest.png", "ema-sweep.png", "loss.png")
 
 
 def to_features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -158,8 +159,8 @@ def finish(
 
     Reconstructs the EMA lengths ``sigma_rels``, generates ``sweep_per_class`` digits a class with each, and keeps the
     one with the lowest loss as a snapshot (accuracies differ by less than so few images can tell). Draws
-    ``final_per_class`` digits a class from it with other seeds, judges them, and writes ``grid-samples.png``,
-    ``grid-nearest.png``, ``ema-sweep.png``, ``loss.png`` and ``report.json``.
+    ``final_per_class`` digits a class from it with other seeds, judges them, and writes `PICTURES` and
+    ``report.json``.
 
     Raises UserError if the run has no snapshots, or, after writing everything, if fewer than 95 % of the generated
     digits are taken for the class asked for.
@@ -196,10 +197,11 @@ def finish(
     classes = np.repeat(np.arange(num_classes), final_per_class)
     verdict = judge_images(chosen.sigma_rel, features, classes, real, judge)
 
-    kimg = f"after {chosen.nimg // 1000} thousand images, EMA length {chosen.sigma_rel:g}"
     names = [str(digit) for digit in range(num_classes)]
-    grid = image_grid(rows_of_classes(generated, num_classes, 10), names, f"Generated digits {kimg}")
-    save_png(run_dir / "grid-samples.png", grid)
+    title = f"Generated digits after {chosen.nimg // 1000} thousand images, EMA length {chosen.sigma_rel:g}"
+    samples = rows_of_classes(generated, num_classes, 10)
+    save_png(run_dir / "grid-samples.png", image_grid(samples, names, f"{title} (smoothed)", smooth=True))
+    save_png(run_dir / "grid-pixels.png", image_grid(samples, names, title))
     neighbours = images.numpy()[nearest(features, real)[1]]
     pairs = np.stack([generated, neighbours], axis=1)
     pairs = rows_of_classes(pairs, num_classes, 5).reshape(num_classes, -1, *generated.shape[1:])
@@ -213,7 +215,7 @@ def finish(
     for line in describe(verdict):
         log(line)
     log("pictures:")
-    for name in ("grid-samples.png", "grid-nearest.png", "ema-sweep.png", "loss.png"):
+    for name in PICTURES:
         log(f"  {run_dir / name}")
     if verdict.accuracy < NEEDED_ACCURACY:
         raise UserError(
