@@ -131,6 +131,8 @@ def effective_weight(w, gain=1, dtype=None):
     checks.gain("effective_weight", gain)
     fan_in = w[0].numel() if w.shape[0] > 0 else 1
     normalized = normalize_weight(w.to(_compute_dtype(w)))
+    if isinstance(gain, Tensor):
+        gain = gain.to(normalized.dtype)
     return (normalized * (gain / math.sqrt(fan_in))).to(w.dtype if dtype is None else dtype)
 
 

@@ -65,10 +65,15 @@ def effective_weight(w, gain=1, dtype=None):
 def _effective_weight_of(w: Tensor, gain: "Tensor | float", dtype: torch.dtype) -> Tensor:
     if not _native_to(w, dtype, _EFFECTIVE_KERNELS):
         return reference.effective_weight(w, gain, dtype)
-    gain, scale = (gain, 1.0) if isinstance(gain, Tensor) else (None, float(gain))
+    gain, scale = (_wide(gain), 1.0) if isinstance(gain, Tensor) else (None, float(gain))
     if torch.is_grad_enabled() and (w.requires_grad or (gain is not None and gain.requires_grad)):
         return _EffectiveWeight.apply(w, gain, scale, dtype)
     return _effective_weight(w, gain, scale, EPS, dtype)
+
+
+def _wide(gain: Tensor) -> Tensor:
+    """The gain in a dtype that the native ops read."""
+    return gain.to(torch.promote_types(gain.dtype, torch.float32))
 
 
 def _native_to(w: Tensor, dtype: torch.dtype | None, where: backend.Kernels) -> bool:
@@ -103,8 +108,8 @@ def _effective_weight_list(pairs: list[tuple[Tensor, Tensor | float]], dtype: to
     if len(backend.by_dtype_and_device(weights)) != 1 or not _native_to(weights[0], dtype, _LIST_KERNELS):
         return [_effective_weight_of(w, gain, w.dtype if dtype is None else dtype) for w, gain in pairs]
     like = weights[0]
-    constants = {gain: torch.full((), gain, device=like.device) for _, gain in pairs if not isinstance(gain, Tensor)}
-    gains = [gain if isinstance(gain, Tensor) else constants[gain] for _, gain in pairs]
+    numbers = {gain: torch.tensor(float(gain), device=like.device) for _, gain in pairs if not isinstance(gain, Tensor)}
+    gains = [_wide(gain) if isinstance(gain, Tensor) else numbers[gain] for _, gain in pairs]
     dtype = like.dtype if dtype is None else dtype
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *gains)):
         return list(_EffectiveWeights.apply(dtype, *weights, *gains))

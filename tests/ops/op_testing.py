@@ -1,0 +1,96 @@
+"""Comparison of a native op with plain torch and with float64, the same for all ops."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from edm2ext import ops, reference, set_backend
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def _permuted(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": _channels_last,
+    "strided": _strided,
+    "permuted": _permuted,
+}
+
+
+def compare(
+    name: str,
+    inputs: Sequence[Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    expanded_grad: bool = False,
+    **arguments: object,
+) -> None:
+    """Check ops.<name> on the native backend against plain torch: outputs, and gradients of all inputs.
+
+    The inputs are taken in `dtype` and `layout`; with `expanded_grad` the gradients come in with strides of 0. Accuracy
+    is that of `assert_accurate`. The output must keep the memory format of the first input.
+    """
+    rounded = [x.to(dtype) for x in inputs]
+    laid_out = [LAYOUTS[layout](x) for x in rounded]
+    run = partial(_run, grad_dtype=dtype, expanded_grad=expanded_grad, arguments=arguments)
+    plain = run(getattr(reference, name), laid_out)
+    exact = run(getattr(reference, name), [x.double() for x in rounded])
+    with set_backend("native"):
+        native = run(getattr(ops, name), laid_out)
+    for got, same_dtype, truth in zip(native, plain, exact, strict=True):
+        assert got.dtype == same_dtype.dtype
+        assert_accurate(got, same_dtype, truth)
+    if native[0].dim() == inputs[0].dim():
+        assert native[0].is_contiguous(memory_format=reference.memory_format(laid_out[0]))
+
+
+def _run(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    grad_dtype: torch.dtype,
+    expanded_grad: bool,
+    arguments: dict[str, object],
+) -> list[Tensor]:
+    """Outputs of the function, then gradients of its inputs for the same random gradients of the outputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs, **arguments)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    generator = torch.Generator().manual_seed(1)
+    grads = []
+    for out in outputs:
+        shape = [1] * out.dim() if expanded_grad else out.shape
+        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(grad_dtype).to(out.dtype)
+        grads.append(grad.expand(out.shape))
+    return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
+
+
+def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
+    """Error against float64 at most twice that of plain torch in the same dtype, plus one rounding unit at max |truth|.
+
+    In float64, where the truth is plain torch itself, 16 units at 1 or more are added.
+    """
+    assert got.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    plain_error = (same_dtype.double() - truth).abs().max().item()
+    largest = truth.abs().max().item()
+    eps = torch.finfo(got.dtype).eps
+    limit = 2 * plain_error + (16 * eps * max(largest, 1) if got.dtype == torch.float64 else eps * largest)
+    error = (got.double() - truth).abs().max().item()
+    assert error <= limit, f"error {error:.3e}, allowed {limit:.3e} (plain torch: {plain_error:.3e})"
