@@ -50,16 +50,20 @@ class DigitJudge:
         return float((self.machine.predict(features) == classes).mean())
 
 
+def distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> Tensor:
+    """Euclidean distances [rows of a, rows of b]; exactly 0 between equal rows, as a matrix product would not give."""
+    return torch.cdist(torch.from_numpy(a), torch.from_numpy(b), compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def nearest(features: NDArray[np.float64], real: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Euclidean distance to, and index of, the nearest row of ``real`` for each row of ``features``."""
-    distances, indices = torch.cdist(torch.from_numpy(features), torch.from_numpy(real)).min(dim=1)
-    return distances.numpy(), indices.numpy()
+    """Distance to, and index of, the nearest row of ``real`` for each row of ``features``."""
+    values, indices = distances(features, real).min(dim=1)
+    return values.numpy(), indices.numpy()
 
 
 def nearest_other(real: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distance from each row to the nearest other row."""
-    distances = torch.cdist(torch.from_numpy(real), torch.from_numpy(real))
-    return distances.fill_diagonal_(torch.inf).min(dim=1).values.numpy()
+    return distances(real, real).fill_diagonal_(torch.inf).min(dim=1).values.numpy()
 
 
 def generate_classes(
