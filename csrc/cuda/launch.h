@@ -1,0 +1,70 @@
+// Launching: grid size, dtype dispatch, and the one function through which every kernel starts. Host code.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "edm2/common.h"
+
+namespace edm2::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Whether all pointers (null counts) allow 16-byte access.
+template <typename... Ts>
+bool all_aligned(const Ts*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+/// Lanes that share `packs` 16-byte packs: as few as hold them one each, at most a warp.
+inline int lanes_for(int64_t packs) {
+  int lanes = 1;
+  while (lanes < packs && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+/// Starts `kernel` on as many blocks as `work` needs, at most a few waves: every kernel strides over the grid.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t work, dim3 threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "the limit on kernel parameters");
+  constexpr int64_t kBlocksPerMultiprocessor = 32;
+  if (work <= 0) return cudaSuccess;
+  int device = 0;
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(work, multiprocessors * kBlocksPerMultiprocessor)));
+  config.blockDim = threads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <typename T>
+struct Storage {
+  using type = T;
+};
+
+/// Calls body(Storage<T>) for the dtypes that have kernels; else cudaErrorInvalidValue.
+template <typename Body>
+cudaError_t dispatch_storage(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(Storage<float>{});
+    case DType::kFloat16:
+      return body(Storage<__half>{});
+    case DType::kBFloat16:
+      return body(Storage<__nv_bfloat16>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace edm2::cuda

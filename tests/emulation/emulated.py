@@ -1,0 +1,190 @@
+"""Builds the CUDA kernels with g++ against the emulator, and calls them on CPU tensors."""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # edm2::DType, those with kernels
+
+# Thread order, block order, seed: each hides other races.
+SCHEDULES = [("forward", "forward", 0), ("reverse", "interleaved", 0), ("random", "reverse", 1)]
+_THREAD_ORDERS = ["forward", "reverse", "random"]
+_BLOCK_ORDERS = ["forward", "reverse", "interleaved"]
+
+# AddressSanitizer must be in the process before anything else: a test runs such libraries in a process of their own.
+SANITIZED = bool(os.environ.get("EDM2EXT_EMULATION_SANITIZED"))
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing"]
+_FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+class KernelFault(Exception):
+    """The emulator found a fault, or a launch was refused."""
+
+
+def _compile(command: list[str], sources: Sequence[Path], name: str, suffix: str) -> Path:
+    """Runs `command -o <file>` unless that file exists; its name holds a hash of the command and of all sources."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    target = ROOT / "build" / "emulation" / f"{name}-{digest.hexdigest()[:16]}{suffix}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}{suffix}")
+        subprocess.run([*command, "-o", str(partial)], check=True, timeout=300)
+        partial.replace(target)
+    return target
+
+
+def _headers(root: Path) -> list[Path]:
+    folders = [HERE, HERE / "include", root / "csrc" / "cuda", root / "csrc" / "include" / "edm2"]
+    return sorted(file for folder in folders for file in folder.iterdir() if file.suffix in {".h", ".cuh", ".cu"})
+
+
+def build(name: str, root: Path = ROOT) -> Path:
+    """Compiles tests/emulation/<name>.cpp with the kernels of `root`/csrc into a shared library, once."""
+    flags = [shutil.which("g++") or "g++", *_FLAGS, *(_SANITIZERS if SANITIZED else [])]
+    emulator = [HERE / "emulator.cpp", HERE / "emulator.h", HERE / "fiber.h"]
+    obj = _compile([*flags, "-c", str(emulator[0])], emulator, "emulator", ".o")
+    source = HERE / f"{name}.cpp"
+    include = [f"-I{folder}" for folder in (HERE / "include", root / "csrc", root / "csrc" / "include")]
+    command = [*flags, *include, "-shared", "-Wl,-Bsymbolic", str(source), str(obj)]
+    return _compile(command, [source, *_headers(root)], name, ".so")
+
+
+class Library:
+    """A compiled library of emulated kernels."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulation_message.restype = ctypes.c_char_p
+        self._library.emulation_launches.restype = ctypes.c_int64
+        self.schedule(*SCHEDULES[0])
+
+    def schedule(self, threads: str, blocks: str, seed: int, multiprocessors: int = 1) -> None:
+        """Sets the order of threads and blocks, and the number of multiprocessors that grids are chosen for."""
+        self._library.emulation_configure(
+            _THREAD_ORDERS.index(threads), _BLOCK_ORDERS.index(blocks), ctypes.c_uint64(seed), multiprocessors
+        )
+
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return self._library.emulation_launches()
+
+    def call(
+        self, function: str, *arguments: "Tensor | int | bool | float | torch.dtype | ctypes.Array | None"
+    ) -> None:
+        """Calls a launcher, which gets integers as int64; raises KernelFault unless it returns cudaSuccess."""
+        error = getattr(self._library, function)(*map(_argument, arguments))
+        if error != 0:
+            message = self._library.emulation_message().decode()
+            raise KernelFault(f"{function}: error {error}: {message}")
+
+    def int64(self, function: str, *arguments: "int | bool") -> int:
+        """Calls a function that returns an int64."""
+        getattr(self._library, function).restype = ctypes.c_int64
+        return getattr(self._library, function)(*map(_argument, arguments))
+
+
+def _argument(value: object) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, torch.dtype):
+        return ctypes.c_int(DTYPES.get(value, 1))
+    if isinstance(value, bool):
+        return ctypes.c_bool(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return value
+
+
+@functools.cache
+def load(name: str, root: Path = ROOT) -> Library:
+    """The library for tests/emulation/<name>.cpp."""
+    return Library(build(name, root))
+
+
+# ---- tensors as the kernels get them ----
+
+# Elements of NaN on both sides of every tensor: what a kernel reads there poisons its result, what it writes there is
+# seen. AddressSanitizer watches the edges itself.
+_MARGIN = 0 if SANITIZED else 64
+
+
+class Guarded:
+    """A flat tensor between margins, `offset` elements past a 16-byte boundary; as many NaNs or a copy of `values`."""
+
+    def __init__(self, values: "Tensor | int", dtype: torch.dtype, offset: int = 0) -> None:
+        numel = values if isinstance(values, int) else values.numel()
+        self._start = _MARGIN + offset
+        self._whole = torch.full((self._start + numel + _MARGIN,), math.nan, dtype=dtype)
+        self.tensor = self._whole[self._start : self._start + numel]
+        if isinstance(values, Tensor):
+            self.tensor.copy_(values.reshape(-1))
+
+    def check_margins(self) -> None:
+        """Raises AssertionError where a kernel wrote outside."""
+        end = self._start + self.tensor.numel()
+        assert self._whole[: self._start].isnan().all(), "written before the start"
+        assert self._whole[end:].isnan().all(), "written past the end"
+
+
+def to_memory(x: Tensor, channels_last: bool) -> Tensor:
+    """[N, C, P] -> flat, in the order the kernels see."""
+    return (x.transpose(1, 2) if channels_last else x).reshape(-1)
+
+
+def from_memory(flat: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """The inverse of to_memory."""
+    n, c, p = shape
+    return flat.reshape(n, p, c).transpose(1, 2) if channels_last else flat.reshape(n, c, p)
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.5) -> Tensor:
+    """Normally distributed values."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+# ---- comparison ----
+
+
+def assert_as_accurate(out: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """|out - exact| <= 2 |plain - exact| + a rounding unit of out's dtype at the largest |exact|, in the maximum norm.
+
+    `plain` is what plain torch computes in out's dtype, `exact` the same in float64.
+    """
+    if exact.numel() == 0:
+        return
+    largest = exact.abs().max().item()
+    info = torch.finfo(out.dtype)
+    unit = info.eps * 2.0 ** math.floor(math.log2(max(largest, info.tiny)))
+    error = (out.double() - exact).abs().max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item() + unit
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def under_all_schedules(library: Library, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Runs under every schedule and returns the result, which must not differ in a single bit."""
+    results = []
+    for schedule, multiprocessors in zip(SCHEDULES, itertools.cycle([1, 2]), strict=False):
+        library.schedule(*schedule, multiprocessors)
+        results.append(run())
+    for schedule, result in zip(SCHEDULES[1:], results[1:], strict=True):
+        for i, (first, other) in enumerate(zip(results[0], result, strict=True)):
+            same = torch.equal(first.nan_to_num(12345.0), other.nan_to_num(12345.0))
+            assert same, f"output {i} under {schedule} differs from {SCHEDULES[0]}"
+    return results[0]
