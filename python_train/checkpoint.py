@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -147,11 +148,30 @@ def state_name(nimg: int) -> str:
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write a training state (tensors, numbers, strings, lists and dicts only) atomically."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        writer = _Writer(file)
         try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk this way
-            raise OSError(28, f"{error}") from error
+            torch.save(state, writer)
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None
+
+
+class _Writer:
+    """A file that remembers why a write failed: torch's zip writer reports it as a RuntimeError about positions."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -168,7 +188,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         if damaged is not None:
             raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged ({error})") from error

@@ -127,6 +127,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.params, lr=options.lr, betas=(0.9, 0.99), eps=1e-8, fused=True)
         self.ddp: torch.nn.Module = net
         if self.world.size > 1:
+            for buffer in net.buffers():
+                torch.distributed.broadcast(buffer, src=0)  # once; DDP would do it in every forward
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             self.ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
         self.ema = PowerEMA(self.params, options.sigma_rels)

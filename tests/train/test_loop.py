@@ -1,0 +1,444 @@
+"""The training loop: learning rate, accumulation, non-finite gradients, cadence, and resuming bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from python_train import UserError, checkpoint, data, loop
+from python_train.config import TrainOptions, make_options
+from python_train.loop import RunDir, Trainer, World, learning_rate, stop_point, train
+
+TINY = make_options(
+    "digits",
+    model_channels=8,
+    channel_mult=(1, 2),
+    dropout=0.1,
+    batch=64,
+    duration=4096,
+    rampup=1000,
+    decay=20,
+    status=512,
+    snapshot=2048,
+    checkpoint=1024,
+)
+
+
+def run(options: TrainOptions, outdir: Path, **kwargs: object) -> int:
+    return train(options, data.open_dataset(options.data, options.cond), outdir, **kwargs)
+
+
+def trainer(**overrides: object) -> Trainer:
+    options = dataclasses.replace(TINY, **overrides)
+    torch.manual_seed(0)
+    return Trainer(loop.build_network(options, 8, 1, 10), options)
+
+
+def random_batches(batch: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        images = torch.randint(0, 256, [batch, 1, 8, 8], dtype=torch.uint8, generator=generator)
+        yield images, torch.eye(10)[torch.randint(0, 10, [batch], generator=generator)]
+
+
+def same(a: object, b: object) -> bool:
+    """Bit-exact equality of nested states."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def final_files(outdir: Path) -> dict[str, object]:
+    """Everything of a run that must not depend on interruptions (times and memory sizes do)."""
+    state = checkpoint.load_state(checkpoint.list_states(outdir)[0])
+    state.pop("elapsed")
+    lines = [json.loads(line) for line in (outdir / "stats.jsonl").read_text().splitlines()]
+    return {
+        "state": state,
+        "snapshots": {path.name: path.read_bytes() for path in sorted(outdir.glob("*.safetensors"))},
+        "stats": [(line["Progress/kimg"], line["Loss/loss"], line["Loss/learning_rate"]) for line in lines[1:]],
+        "options": json.loads((outdir / "options.json").read_text()),
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    torch.set_num_threads(1)
+    outdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert run(TINY, outdir) == 4096
+    return final_files(outdir)
+
+
+# ------------------------------------------------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("nimg", "decay", "expected"),
+    [
+        (0, 70000, 0),
+        (2048, 70000, 2.048e-6),
+        (2**20, 70000, 0.001048576),
+        (5_000_000, 70000, 0.005),
+        (10_000_000, 70000, 0.01),
+        (143_360_000, 70000, 0.01),
+        (573_440_000, 70000, 0.005),
+        (2**31, 70000, 0.00258374151),
+        (2**31, 35000, 0.00182698115),
+    ],
+)
+def test_learning_rate(nimg: int, decay: float, expected: float) -> None:
+    assert learning_rate(nimg, 2048, 0.01, decay, 10_000_000) == pytest.approx(expected, rel=1e-8)
+
+
+def test_learning_rate_switches() -> None:
+    assert learning_rate(0, 2048, 0.01, 70000, 0) == 0.01
+    assert learning_rate(2**40, 2048, 0.01, 0, 10_000_000) == 0.01
+
+
+# ------------------------------------------------------------------------------------------------------- optimizer step
+
+
+def test_first_step_has_rate_zero_but_moves_the_moments() -> None:
+    t = trainer()
+    t.step(random_batches(64))
+    assert (t.lr, t.nimg) == (0.0, 64)
+    norms = t.net.unet.emb_noise.weight.square().mean(dim=1).sqrt()
+    torch.testing.assert_close(norms, torch.full_like(norms, 0.9999), rtol=0, atol=1e-4)
+    assert any(state["exp_avg"].any() for state in t.optimizer.state.values())
+    for profile in t.ema.profiles:  # beta = 0 in the first step: the initial weights vanish
+        assert all(torch.equal(ema, param) for ema, param in zip(profile, t.params, strict=True))
+
+
+def test_accumulation_is_the_same_mathematics() -> None:
+    """With the random numbers out of the way, rounds of 16 give the gradient of a batch of 64."""
+
+    class NoNoise:
+        def __call__(self, net: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            sigma = torch.linspace(0.5, 1.0, 10)[labels.argmax(dim=1)].reshape(-1, 1, 1, 1)
+            return loop.EDM2Loss().at(net, images, labels, sigma, images)
+
+    images, labels = next(random_batches(64))
+    moments = []
+    for batch_gpu in (None, 16):
+        t = trainer(batch_gpu=batch_gpu, dropout=0.0, seed=1)
+        t.net.unet.out_gain.data.fill_(1)
+        t.loss = NoNoise()
+        t.step(iter(zip(images.split(t.micro_batch), labels.split(t.micro_batch), strict=True)))
+        moments.append([state["exp_avg"] for state in t.optimizer.state.values()])
+    for a, b in zip(*moments, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("force_finite", [True, False])
+def test_nonfinite_gradients(force_finite: bool) -> None:
+    t = trainer(force_finite=force_finite)
+    stream = random_batches(64)
+    t.step(stream)
+    target = t.net.unet.enc["8x8_block0"].conv_res1.weight
+    spoiled = torch.zeros_like(target)
+    spoiled.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    target.register_hook(lambda grad: grad + spoiled)
+    t.step(stream)
+    t.step(stream)
+    assert t.nonfinite_steps == 2
+    assert t.nonfinite_first == "unet.enc.8x8_block0.conv_res1.weight (3 elements) at 64 images"
+    assert all(param.isfinite().all() for param in t.params) == force_finite
+    again = trainer()
+    again.load_state_dict(t.state_dict())
+    assert again.nonfinite_first == t.nonfinite_first
+
+
+def test_mean_loss_ignores_nonfinite_samples() -> None:
+    t = trainer()
+    assert math.isnan(t.mean_loss())
+    t.step(random_batches(64))
+    first = t.mean_loss()
+    assert 0.1 < first < 10
+    assert math.isnan(t.mean_loss())
+    t.net.logvar_linear.weight.data.fill_(math.nan)
+    t.step(random_batches(64))
+    assert math.isnan(t.mean_loss())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precisions_train(precision: str) -> None:
+    t = trainer(precision=precision, lr=0.02, rampup=0, dropout=0.0)
+    digits = data.open_dataset()
+    t.encoder = digits.encoder()
+    stream = data.batches(digits, 64, data.IndexStream(digits.num_images, 0), torch.device("cpu"))
+    losses = []
+    for _ in range(30):
+        t.step(stream)
+        losses.append(t.mean_loss())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_world_of_one() -> None:
+    world = World()
+    assert world.sum(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
+    world.check_equal(torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="device 'tpu' cannot be used here"), loop.open_world("tpu"):
+        pass
+
+
+# -------------------------------------------------------------------------------------------------------------- cadence
+
+
+def test_run_directory(uninterrupted: dict[str, object], tmp_path: Path) -> None:
+    assert list(uninterrupted["snapshots"]) == [
+        f"network-snapshot-{kimg:07d}-{sigma_rel}.safetensors" for kimg in (0, 2, 4) for sigma_rel in ("0.050", "0.100")
+    ]
+    stats = uninterrupted["stats"]
+    assert [kimg for kimg, _, _ in stats] == [512 * i / 1000 for i in range(1, 9)]
+    assert stats[-1][1] < stats[0][1]
+    assert stats[0][2] == pytest.approx(learning_rate(512 - 64, 64, 0.01, 20, 1000), rel=1e-4)
+    options = uninterrupted["options"]
+    assert options["options"]["lr"] == 0.01
+    assert options["dataset"]["name"] == "digits"
+
+
+def test_status_and_checkpoint_files(tmp_path: Path) -> None:
+    outdir = tmp_path / "a" / "b"
+    assert run(dataclasses.replace(TINY, duration=1152, snapshot=0), outdir) == 1152
+    assert sorted(path.name for path in outdir.iterdir()) == [
+        "log.txt",
+        "options.json",
+        "stats.jsonl",
+        "training-state-0000001.pt",
+    ]
+    first, *_, last = [json.loads(line) for line in (outdir / "stats.jsonl").read_text().splitlines()]
+    assert first.keys() == {
+        "Loss/loss",
+        "Loss/learning_rate",
+        "Loss/nonfinite_steps",
+        "Progress/kimg",
+        "Timing/total_sec",
+        "Timing/sec_per_tick",
+        "Timing/sec_per_kimg",
+        "Timing/maintenance_sec",
+        "Resources/cpu_mem_gb",
+        "Resources/peak_gpu_mem_gb",
+        "Resources/peak_gpu_mem_reserved_gb",
+        "timestamp",
+    }
+    assert math.isnan(first["Loss/loss"])
+    assert last["Progress/kimg"] == 1.152
+    assert last["Resources/cpu_mem_gb"] > 0.05
+    log = (outdir / "log.txt").read_text()
+    assert "kimg 1.2" in log
+    before = (outdir / "stats.jsonl").read_text()
+    assert run(dataclasses.replace(TINY, duration=1152, snapshot=0), outdir) == 1152  # complete: changes nothing
+    assert (outdir / "stats.jsonl").read_text() == before
+    assert "complete at 1,152 images" in (outdir / "log.txt").read_text()
+
+
+def test_nonfinite_warning_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = loop.EDM2Loss.at
+    monkeypatch.setattr(loop.EDM2Loss, "at", lambda self, *args: at(self, *args) * math.inf)
+    run(dataclasses.replace(TINY, duration=1024, checkpoint=0, snapshot=0), tmp_path / "run")
+    assert (
+        "WARNING: non-finite gradients in 8 steps so far, replaced by 0; first in unet.out_gain"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
+
+
+def test_only_the_newest_states_are_kept(tmp_path: Path) -> None:
+    run(dataclasses.replace(TINY, checkpoint=1024, duration=5 * 1024, snapshot=0, status=0), tmp_path / "run")
+    assert [path.name for path in checkpoint.list_states(tmp_path / "run")] == [
+        f"training-state-{kimg:07d}.pt" for kimg in (5, 4, 3)
+    ]
+
+
+def test_stop_point() -> None:
+    options = dataclasses.replace(TINY, slice=2560)
+    assert stop_point(options, 0) == 2048
+    assert stop_point(options, 2048) == 4096
+    assert stop_point(dataclasses.replace(options, checkpoint=0), 0) == 2048
+    assert stop_point(dataclasses.replace(options, checkpoint=0, snapshot=0), 0) == 2560
+    assert stop_point(TINY, 1024) == 4096
+    with pytest.raises(UserError, match="no progress"):
+        stop_point(dataclasses.replace(options, slice=512), 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_slices_are_bit_exact(uninterrupted: dict[str, object], tmp_path: Path) -> None:
+    sliced = dataclasses.replace(TINY, slice=2048)
+    assert run(sliced, tmp_path / "run") == 2048
+    assert run(sliced, tmp_path / "run") == 4096
+    files = final_files(tmp_path / "run")
+    assert files["options"]["options"]["slice"] == 2048
+    for key in ("state", "snapshots", "stats"):
+        assert same(files[key], uninterrupted[key]), key
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, nimg: int) -> None:
+    """Make the training step of image ``nimg`` fail."""
+    step = Trainer.step
+
+    def crashing(self: Trainer, batches: object) -> None:
+        if self.nimg == nimg:
+            raise Crash
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", crashing)
+
+
+@pytest.mark.parametrize("batch_gpu", [None, 32])
+def test_crash_and_resume_is_bit_exact(
+    uninterrupted: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_gpu: int | None
+) -> None:
+    options, expected = TINY, uninterrupted
+    if batch_gpu:
+        options = dataclasses.replace(TINY, batch_gpu=batch_gpu, duration=2048)
+        run(options, tmp_path / "whole")
+        expected = final_files(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        crash_at(patch, options.duration - 640)
+        with pytest.raises(Crash):
+            run(options, tmp_path / "run")
+    assert run(options, tmp_path / "run") == options.duration
+    assert same(final_files(tmp_path / "run"), expected)
+
+
+def test_damaged_states_fall_back(uninterrupted: dict[str, object], tmp_path: Path) -> None:
+    outdir = tmp_path / "run"
+    run(dataclasses.replace(TINY, duration=3072), outdir)
+    newest, middle, _ = checkpoint.list_states(outdir)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    middle.write_bytes(b"")
+    assert run(TINY, outdir) == 4096
+    log = (outdir / "log.txt").read_text()
+    assert f"WARNING: {newest} is damaged" in log
+    assert f"WARNING: {middle} is damaged" in log
+    assert f"resuming from {outdir / 'training-state-0000001.pt'}" in log
+    assert same(final_files(outdir), uninterrupted)
+
+
+def test_changed_options_are_refused(tmp_path: Path) -> None:
+    short = dataclasses.replace(TINY, duration=1024, snapshot=0)
+    outdir = tmp_path / "run"
+    run(short, outdir)
+    before = {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"}
+    changed = dataclasses.replace(short, lr=0.02, model_channels=16)
+    with pytest.raises(UserError) as refused:
+        run(changed, outdir)
+    for line in ("options.lr: 0.01 -> 0.02", "options.model_channels: 8 -> 16", "network.model_channels", "--override"):
+        assert line in str(refused.value)
+    assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
+    with pytest.raises(UserError, match="does not fit this network"):
+        run(changed, outdir, override=True)
+    assert run(dataclasses.replace(short, lr=0.02, duration=2048), outdir, override=True) == 2048
+    assert json.loads((outdir / "options.json").read_text())["options"]["lr"] == 0.02
+    free = dataclasses.replace(short, lr=0.02, duration=3072, status=256, snapshot=1024, checkpoint=3072, slice=3072)
+    assert run(free, outdir) == 3072
+
+
+def test_foreign_and_unwritable_directories(tmp_path: Path) -> None:
+    description = {"options": {}}
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunDir(tmp_path, description)
+    with pytest.raises(UserError, match="is not a directory"):
+        RunDir(tmp_path / "notes.txt", description)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    with pytest.raises(OSError, match="/proc/nowhere"):
+        RunDir(Path("/proc/nowhere"), description)
+    first = RunDir(tmp_path / "run", description)
+    with pytest.raises(UserError, match="another process is training"):
+        RunDir(tmp_path / "run", description)
+    first.close()
+    RunDir(tmp_path / "run", description).close()
+    (tmp_path / "run" / "options.json").write_text("{")
+    with pytest.raises(UserError, match=r"options\.json is damaged"):
+        RunDir(tmp_path / "run", description)
+
+
+def test_data_that_changed_is_refused(tmp_path: Path) -> None:
+    one = dataclasses.replace(TINY, duration=1024)
+    run(one, tmp_path / "run")
+    with pytest.raises(UserError, match=r"dataset\.label_dim: 10 -> 0"):
+        run(dataclasses.replace(one, cond=False), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------- separate processes
+
+_OPTIONS = (
+    "--preset digits --channels 8 --blocks 1 --channel-mult 1,2 --batch 64 --rampup 1000 --decay 20 --dropout 0.1 "
+    "--status 512 --snapshot 2048 --checkpoint 1024 --device cpu"
+)
+
+
+def command(outdir: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "python_train.run", *_OPTIONS.split(), "--outdir", str(outdir), *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def finish(outdir: Path, duration: str) -> dict[str, object]:
+    """Run the training command to its end."""
+    subprocess.run(command(outdir, "--duration", duration), env=environment(), check=True, capture_output=True)
+    return final_files(outdir)
+
+
+def kill(outdir: Path, duration: str, delay: float) -> None:
+    """Start the training command and kill it shortly after a new training state appears."""
+    before = set(outdir.glob("training-state-*"))
+    process = subprocess.Popen(command(outdir, "--duration", duration), env=environment(), stdout=subprocess.DEVNULL)
+    while set(outdir.glob("training-state-*")) <= before and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_process_resumes_bit_exactly(uninterrupted: dict[str, object], tmp_path: Path) -> None:
+    kill(tmp_path / "run", "4Ki", delay=0)
+    assert same(finish(tmp_path / "run", "4Ki"), uninterrupted)
+
+
+@pytest.mark.slow
+def test_many_kills(tmp_path: Path) -> None:
+    whole = finish(tmp_path / "whole", "32Ki")
+    for index in range(12):
+        kill(tmp_path / "run", "32Ki", delay=0.013 * index)
+    assert same(finish(tmp_path / "run", "32Ki"), whole)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Two gloo processes under torchrun train in step, write once, and resume bit-exactly."""
+
+    def torchrun() -> dict[str, object]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        arguments = [*command(tmp_path / "run")[1:], "--batch-gpu", "16", "--duration", "2Ki"]
+        done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return final_files(tmp_path / "run")
+
+    whole = torchrun()
+    assert whole["options"]["processes"] == 2
+    assert whole["stats"][-1][1] < whole["stats"][0][1]
+    checkpoint.list_states(tmp_path / "run")[0].unlink()
+    assert same(torchrun(), whole)
