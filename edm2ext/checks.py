@@ -163,7 +163,7 @@ def conv_arguments(
     function = "mp_conv2d"
     image(function, "x", x)
     weight(function, "w", w)
-    _prepared(function, gain_, prepared)
+    _gain_of_layer(function, gain_, prepared)
     if w.dim() != 4:
         raise ValueError(f"{function}: w must be [out, in / groups, height, width], got shape {list(w.shape)}")
     if groups < 1 or w.shape[0] % groups != 0:
@@ -190,7 +190,7 @@ def linear_arguments(x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bo
     function = "mp_linear"
     floating(function, "x", x)
     weight(function, "w", w)
-    _prepared(function, gain_, prepared)
+    _gain_of_layer(function, gain_, prepared)
     if w.dim() != 2:
         raise ValueError(f"{function}: w must be [out, in], got shape {list(w.shape)}")
     if x.dim() == 0 or x.shape[-1] != w.shape[1]:
@@ -200,7 +200,8 @@ def linear_arguments(x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bo
     _same_device(function, "x", x, "w", w)
 
 
-def _prepared(function: str, gain_: "Tensor | float", prepared: bool) -> None:
+def _gain_of_layer(function: str, gain_: "Tensor | float", prepared: bool) -> None:
+    gain(function, gain_)
     if prepared and (isinstance(gain_, Tensor) or gain_ != 1):
         raise ValueError(
             f"{function}: gain must be 1 with a prepared weight, whose gain is applied already, got {gain_}"

@@ -107,9 +107,10 @@ def _merge_heads(out: Tensor, qkv: Tensor) -> Tensor:
     """[N, heads, pixels, d] -> [N, heads * d, *] in the memory format of qkv."""
     batch, heads, _, depth = out.shape
     spatial = qkv.shape[2:]
-    if memory_format(qkv) != torch.contiguous_format:
-        return out.transpose(1, 2).reshape(batch, *spatial, heads * depth).movedim(-1, 1)
-    return out.transpose(2, 3).reshape(batch, heads * depth, *spatial)
+    layout = memory_format(qkv)
+    if layout == torch.contiguous_format:
+        return out.transpose(2, 3).reshape(batch, heads * depth, *spatial).contiguous()
+    return out.transpose(1, 2).reshape(batch, *spatial, heads * depth).movedim(-1, 1)
 
 
 @backend.fake("qkv_norm")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edm2ext import checks
-from edm2ext.ops.normalize_weight import effective_weight
+from edm2ext.ops.normalize_weight import unchecked_effective_weight
 from edm2ext.reference import product_dtype
 
 
@@ -28,7 +28,7 @@ def mp_conv2d(
     """
     pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
     dtype = product_dtype(x)
-    kernel = w.to(dtype) if prepared else effective_weight(w, gain, dtype)
+    kernel = w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype)
     return F.conv2d(x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups)
 
 
@@ -40,4 +40,4 @@ def mp_linear(x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: boo
     """
     checks.linear_arguments(x, w, gain, prepared)
     dtype = product_dtype(x)
-    return F.linear(x, w.to(dtype) if prepared else effective_weight(w, gain, dtype))
+    return F.linear(x, w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype))

@@ -59,10 +59,11 @@ def effective_weight(w, gain=1, dtype=None):
         return _effective_weight_list(checks.weights_and_gains(w, gain), dtype)
     checks.weight("effective_weight", "w", w)
     checks.gain("effective_weight", gain)
-    return _effective_weight_of(w, gain, w.dtype if dtype is None else dtype)
+    return unchecked_effective_weight(w, gain, w.dtype if dtype is None else dtype)
 
 
-def _effective_weight_of(w: Tensor, gain: "Tensor | float", dtype: torch.dtype) -> Tensor:
+def unchecked_effective_weight(w: Tensor, gain: "Tensor | float", dtype: torch.dtype) -> Tensor:
+    """`effective_weight` of one tensor, for callers that have checked the arguments."""
     if not _native_to(w, dtype, _EFFECTIVE_KERNELS):
         return reference.effective_weight(w, gain, dtype)
     gain, scale = (_wide(gain), 1.0) if isinstance(gain, Tensor) else (None, float(gain))
@@ -106,7 +107,7 @@ def _effective_weight_list(pairs: list[tuple[Tensor, Tensor | float]], dtype: to
         checks.gain("effective_weight", gain)
     weights = [w for w, _ in pairs]
     if len(backend.by_dtype_and_device(weights)) != 1 or not _native_to(weights[0], dtype, _LIST_KERNELS):
-        return [_effective_weight_of(w, gain, w.dtype if dtype is None else dtype) for w, gain in pairs]
+        return [unchecked_effective_weight(w, gain, w.dtype if dtype is None else dtype) for w, gain in pairs]
     like = weights[0]
     numbers = {gain: torch.tensor(float(gain), device=like.device) for _, gain in pairs if not isinstance(gain, Tensor)}
     gains = [_wide(gain) if isinstance(gain, Tensor) else numbers[gain] for _, gain in pairs]

@@ -94,3 +94,29 @@ def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
     limit = 2 * plain_error + (16 * eps * max(largest, 1) if got.dtype == torch.float64 else eps * largest)
     error = (got.double() - truth).abs().max().item()
     assert error <= limit, f"error {error:.3e}, allowed {limit:.3e} (plain torch: {plain_error:.3e})"
+
+
+# Every differentiable function in every form, as (function of a backend module, shapes of its differentiable inputs).
+# Clipping is tested at 1.3, where no value of these inputs comes near enough to make a difference quotient wrong.
+DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list[Tensor]], list[tuple[int, ...]]]] = {
+    "pixel_norm": (lambda m, x: m.pixel_norm(x), [(2, 3, 2, 2)]),
+    "pixel_norm_silu": (lambda m, x: m.pixel_norm(x, silu=True), [(2, 3, 2, 2)]),
+    "mp_silu": (lambda m, x: m.mp_silu(x), [(2, 5)]),
+    "mp_silu_modulated": (lambda m, x, c: m.mp_silu_modulated(x, c), [(2, 3, 2, 2), (2, 3)]),
+    "mp_sum": (lambda m, a, b: m.mp_sum(a, b, 0.3), [(2, 3), (2, 3)]),
+    "mp_sum_clip": (lambda m, a, b: m.mp_sum(a, b, 0.3, clip=1.3), [(2, 6), (2, 6)]),
+    "mp_cat": (lambda m, a, b: m.mp_cat(a, b, 0.3), [(2, 3, 2), (2, 1, 2)]),
+    "mp_cat_silu": (lambda m, a, b: m.mp_cat(a, b, 0.3, silu=True), [(2, 3, 2), (2, 1, 2)]),
+    "mp_fourier": (lambda m, x, f, p: m.mp_fourier(x, f, p), [(3,), (4,), (4,)]),
+    "resample_down": (lambda m, x: m.resample_down(x, (1, 3, 3, 1)), [(1, 1, 5, 4)]),
+    "resample_up": (lambda m, x: m.resample_up(x, (1, 3, 3, 1)), [(1, 1, 3, 2)]),
+    "normalize_weight": (lambda m, w: m.normalize_weight(w), [(3, 2, 2)]),
+    "effective_weight": (lambda m, w, g: m.effective_weight(w, g), [(3, 4), ()]),
+    "effective_weight_number": (lambda m, w: m.effective_weight(w, 0.7), [(3, 4)]),
+    "effective_weight_list": (lambda m, w, v, g: m.effective_weight([w, v], [g, 2]), [(3, 4), (2, 3), ()]),
+    "mp_conv2d": (lambda m, x, w, g: m.mp_conv2d(x, w, g), [(1, 1, 3, 3), (2, 1, 3, 3), ()]),
+    "mp_conv2d_prepared": (lambda m, x, w: m.mp_conv2d(x, w, prepared=True), [(1, 2, 2, 2), (3, 2, 1, 1)]),
+    "mp_linear": (lambda m, x, w, g: m.mp_linear(x, w, g), [(2, 3), (4, 3), ()]),
+    "cosine_attention": (lambda m, x: m.cosine_attention(x, 2), [(1, 12, 2)]),
+    "cosine_attention_fused": (lambda m, x: m.cosine_attention(x, 1), [(1, 6, 7, 7)]),
+}

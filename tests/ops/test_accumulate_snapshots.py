@@ -1,0 +1,81 @@
+"""Weighted sums of snapshots."""
+
+import numpy as np
+import pytest
+import torch
+from op_testing import assert_accurate
+
+from edm2ext import ops, reference, set_backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 5), (9, 2)])
+@pytest.mark.parametrize("shape", [(257,), (40, 24, 3, 3), (0, 2)])
+def test_against_float64(shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    snapshots = [torch.randn(shape).to(dtype) for _ in range(inputs)]
+    coefs = torch.randn(inputs, outputs, dtype=torch.float64)
+    start = torch.randn(outputs, *shape)
+    with set_backend("native"):
+        native = ops.accumulate_snapshots(snapshots, coefs, start.clone())
+        fresh = ops.accumulate_snapshots(snapshots, coefs)
+    plain = reference.accumulate_snapshots(snapshots, coefs, start.clone())
+    total = torch.tensordot(coefs.T, torch.stack([x.double() for x in snapshots]), dims=1)
+    assert native.dtype == fresh.dtype == torch.float32
+    assert_accurate(native, plain, total + start.double())
+    assert_accurate(fresh, reference.accumulate_snapshots(snapshots, coefs), total)
+
+
+def test_adds_into_out_and_returns_it(backend: str) -> None:
+    out = torch.ones(2, 3)
+    assert ops.accumulate_snapshots([torch.full((3,), 2.0)], [[1.0, 10.0]], out) is out
+    assert torch.equal(out, torch.tensor([[3.0] * 3, [21.0] * 3]))
+
+
+def test_scalars(backend: str) -> None:
+    out = ops.accumulate_snapshots([torch.tensor(2.0), torch.tensor(3.0)], [[1.0], [-1.0]])
+    assert torch.equal(out, torch.tensor([-1.0]))
+
+
+def test_coefficients_of_any_kind(backend: str) -> None:
+    snapshots = [torch.randn(4), torch.randn(4)]
+    coefs = np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    expected = ops.accumulate_snapshots(snapshots, torch.from_numpy(coefs))
+    for same in (coefs, coefs.tolist(), torch.from_numpy(coefs.T.copy()).T):
+        assert torch.equal(ops.accumulate_snapshots(snapshots, same), expected)
+
+
+def test_mixed_dtypes_and_strided_tensors(backend: str) -> None:
+    snapshots = [
+        torch.randn(4, 6),
+        torch.randn(4, 6).half(),
+        torch.randn(4, 12)[:, ::2],
+        torch.randn(6, 4).bfloat16().T,
+    ]
+    out = torch.zeros(4, 6, 2).permute(2, 0, 1)
+    ops.accumulate_snapshots(snapshots, np.ones((4, 2)), out)
+    expected = sum(x.float() for x in snapshots)
+    torch.testing.assert_close(out, torch.stack([expected, expected]))
+
+
+def test_accumulation_between_forward_and_backward_is_noticed(backend: str) -> None:
+    out = torch.randn(1, 3, requires_grad=True)
+    loss = out.square().sum()
+    ops.accumulate_snapshots([torch.ones(3)], [[1.0]], out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_bad_input(backend: str) -> None:
+    x, coefs = torch.randn(3), [[1.0]]
+    with pytest.raises(ValueError, match="accumulate_snapshots: inputs must not be empty"):
+        ops.accumulate_snapshots([], coefs)
+    with pytest.raises(TypeError, match=r"inputs\[0\] must be float16, bfloat16 or float32, got torch.float64"):
+        ops.accumulate_snapshots([x.double()], coefs)
+    with pytest.raises(ValueError, match=r"inputs\[1\] must be like inputs\[0\] \(\[3\] on cpu\), got \[4\] on cpu"):
+        ops.accumulate_snapshots([x, torch.randn(4)], [[1.0], [1.0]])
+    with pytest.raises(ValueError, match=r"coefs must be \[1 inputs, outputs\], got shape \[2, 1\]"):
+        ops.accumulate_snapshots([x], [[1.0], [1.0]])
+    with pytest.raises(TypeError, match=r"out must be float32, got torch.float16"):
+        ops.accumulate_snapshots([x], coefs, torch.zeros(1, 3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"out must be \[1, 3\] on cpu, got \[2, 3\] on cpu"):
+        ops.accumulate_snapshots([x], coefs, torch.zeros(2, 3))
