@@ -138,6 +138,7 @@ class Dataset:
         self.dtype = first.dtype
         self.channels, self.resolution = first.shape[0], first.shape[1]
         self.shape = first.shape
+        self.in_memory: tuple[Tensor, Tensor] | None = None
 
     def _count(self) -> int:
         raise NotImplementedError
@@ -161,6 +162,11 @@ class Dataset:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self.read(index), self.label(index)
+
+    def preload(self, progress: bool = False) -> None:
+        """Read everything now, and keep it, if it fits in memory: a damaged image shows before anything starts."""
+        if self.num_images * np.prod(self.shape) * self.dtype.itemsize <= IN_MEMORY_BYTES:
+            self.in_memory = self.load_all(progress)
 
     def load_all(self, progress: bool = False) -> tuple[Tensor, Tensor]:
         """Every image [N, C, H, W] in the stored dtype and every label [N, label_dim] float32."""
@@ -387,14 +393,14 @@ class IndexStream(torch.utils.data.Sampler[int]):
 
 
 def batches(
-    dataset: Dataset, batch: int, indices: IndexStream, device: torch.device, progress: bool = False
+    dataset: Dataset, batch: int, indices: IndexStream, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (stored images [batch, C, H, W], labels [batch, label_dim]) on ``device``.
 
-    A data set that fits in memory is read once and kept on the device; a larger one is read ahead by two processes.
+    A preloaded data set is kept on the device; any other is read ahead by two processes.
     """
-    if dataset.num_images * np.prod(dataset.shape) * dataset.dtype.itemsize <= IN_MEMORY_BYTES:
-        images, labels = (value.to(device) for value in dataset.load_all(progress))
+    if dataset.in_memory is not None:
+        images, labels = (value.to(device) for value in dataset.in_memory)
         stream = iter(indices)
         while True:
             chosen = torch.tensor(list(itertools.islice(stream, batch)), device=device)

@@ -349,8 +349,10 @@ def train(
     encoder = dataset.encoder()
     channels = network_channels(dataset, encoder, world.device)
     net = build_network(options, dataset.resolution, channels, dataset.label_dim)
+    stop_point(options, 0)
+    dataset.preload(progress and world.rank == 0)
     run = None
-    if world.rank == 0:
+    if world.rank == 0:  # from here on files are written
         run = RunDir(Path(outdir), describe(options, dataset, encoder, net, world), override)
     try:
         return _train(options, world, dataset, encoder, net, run, progress)
@@ -378,7 +380,7 @@ def _train(
         return first
 
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
-    batches = data.batches(dataset, trainer.micro_batch, indices, world.device, progress and world.rank == 0)
+    batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = _Reporter(trainer, run, world, elapsed)
     bar = tqdm.tqdm(
         total=stop, initial=first, unit="img", unit_scale=True, desc="training", disable=not progress or world.rank > 0

@@ -134,6 +134,8 @@ def main(
     except OSError as error:
         hint = " (the disk is full)" if error.errno == errno.ENOSPC else ""
         raise click.ClickException(f"{error}{hint}") from error
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(f"not enough GPU memory; try a smaller --batch-gpu ({error})") from error
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; the same command continues from the latest training state") from None
 

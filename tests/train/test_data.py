@@ -185,7 +185,7 @@ def test_damaged_image_is_named(folders: Path) -> None:
     with pytest.raises(UserError, match=r"bee/1\.png cannot be decoded"):
         dataset.load_all()
     with pytest.raises(UserError, match=r"bee/1\.png cannot be decoded"):
-        next(batches(dataset, 2, IndexStream(6, 0), torch.device("cpu")))
+        dataset.preload()
     archive = zipped(folders)
     archive.write_bytes(archive.read_bytes().replace(b"IDAT", b"IDAX", 1))  # the ZIP's own checksum no longer fits
     with pytest.raises(UserError, match=r"cannot read .*ant/0\.png"):
@@ -253,6 +253,8 @@ def test_batches_from_memory_and_from_loader_processes(
 ) -> None:
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", limit)
     dataset = open_dataset(zipped(folders))
+    dataset.preload()
+    assert (dataset.in_memory is None) == (limit == 0)
     stream = batches(dataset, 4, IndexStream(6, 0), torch.device("cpu"))
     order = list(itertools.islice(IndexStream(6, 0), 12))
     for step in range(3):
@@ -263,11 +265,11 @@ def test_batches_from_memory_and_from_loader_processes(
     stream.close()
 
 
-def test_error_in_a_loader_process_names_the_file(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+def test_error_in_a_loader_process_names_the_file(folders: Path) -> None:
     (folders / "bee" / "0.png").write_bytes(b"not an image")
+    dataset = open_dataset(folders)
     with pytest.raises(UserError) as raised:
-        list(itertools.islice(batches(open_dataset(folders), 6, IndexStream(6, 0), torch.device("cpu")), 1))
+        next(batches(dataset, 6, IndexStream(6, 0), torch.device("cpu")))
     assert "bee/0.png cannot be decoded" in str(raised.value)
     assert "Traceback" not in str(raised.value)
 

@@ -179,6 +179,7 @@ def test_mean_loss_ignores_nonfinite_samples() -> None:
 def test_precisions_train(precision: str) -> None:
     t = trainer(precision=precision, lr=0.02, rampup=0, dropout=0.0)
     digits = data.open_dataset()
+    digits.preload()
     t.encoder = digits.encoder()
     stream = data.batches(digits, 64, data.IndexStream(digits.num_images, 0), torch.device("cpu"))
     losses = []
