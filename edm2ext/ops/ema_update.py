@@ -10,7 +10,6 @@ from edm2ext import backend, checks, reference
 
 _ema_update_ = backend.op("ema_update_")
 _KERNELS = backend.kernels("ema_update_")
-_DTYPES = (torch.float32, torch.float64)
 
 
 def ema_update_(emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor], one_minus_betas: Sequence[float]) -> None:
@@ -39,8 +38,13 @@ def ema_update_(emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor], one_
 
 
 def _native(param: Tensor, averages: list[Tensor]) -> bool:
-    """Whether the native op takes a parameter with its averages: of one dtype, and of one layout without gaps."""
-    if not (backend.native(param, _KERNELS) and param.dtype in _DTYPES and backend.is_dense(param)):
+    """Whether the native op takes a parameter with its averages: of one dtype, and of one layout without gaps.
+
+    The CUDA kernel knows float32 only.
+    """
+    if not (backend.native(param, _KERNELS) and backend.is_dense(param)):
+        return False
+    if not (param.is_cpu or param.dtype == torch.float32):
         return False
     dtype, stride = param.dtype, param.stride()
     return all(ema.dtype == dtype and ema.stride() == stride for ema in averages)

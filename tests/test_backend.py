@@ -1,0 +1,155 @@
+"""Choice of the backend, and what each call is then served by."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import edm2ext
+from edm2ext import _library, ops, reference
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the native ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001 - torch's signature
+        if func.namespace == "edm2":
+            self.ops.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def _everything(dtype: torch.dtype) -> None:
+    """Call every function, forward and backward."""
+    x = torch.randn(2, 6, 4, 4, dtype=dtype, requires_grad=True)
+    c, w = torch.randn(2, 6, dtype=dtype), torch.randn(6, 6, 3, 3, dtype=dtype, requires_grad=True)
+    vector = torch.randn(3, dtype=dtype, requires_grad=True)
+    gain = torch.tensor(0.5, requires_grad=True)
+    outputs = [
+        ops.pixel_norm(x),
+        *ops.pixel_norm(x, silu=True),
+        ops.mp_silu(x),
+        ops.mp_silu_modulated(x, c),
+        ops.mp_sum(x, x, clip=1.0),
+        ops.mp_cat(x, x),
+        *ops.mp_cat(x, x, silu=True),
+        ops.mp_fourier(vector, torch.randn(4), torch.rand(4)),
+        ops.resample_up(x),
+        ops.resample_down(x),
+        ops.normalize_weight(w),
+        ops.effective_weight(w, gain),
+        *ops.effective_weight([w, w], gain),
+        ops.mp_conv2d(x, w),
+        ops.mp_linear(x, w[:, :4, 0, 0].repeat(1, 1)),
+        ops.cosine_attention(x, 2),
+    ]
+    sum(out.sum() for out in outputs).backward()
+    ops.force_normalize_(w)
+    ops.ema_update_([[torch.zeros_like(w)]], [w], [0.5])
+    if dtype != torch.float64:
+        ops.accumulate_snapshots([w], [[1.0]])
+
+
+def _recorded(dtype: torch.dtype) -> set[str]:
+    with Recorder() as recorder:
+        _everything(dtype)
+    return recorder.ops
+
+
+def test_the_native_library_is_there() -> None:
+    """A build that went wrong must not hide behind the reference."""
+    assert _library.LOADED, _library.REASON
+    assert edm2ext.build_info()["native"]
+
+
+def test_native_kernels_serve_every_function() -> None:
+    names = {name.removeprefix("edm2::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("edm2::")}
+    for choice in ("auto", "native"):
+        with edm2ext.set_backend(choice):
+            assert _recorded(torch.float32) == names
+            assert _recorded(torch.bfloat16) == names
+            assert _recorded(torch.float64) == names - {"accumulate_snapshots_"}
+
+
+def test_reference_never_calls_native_kernels() -> None:
+    with edm2ext.set_backend("reference"):
+        assert _recorded(torch.float32) == set()
+
+
+def test_fp16_on_the_cpu_goes_to_the_reference() -> None:
+    assert _recorded(torch.float16) == {"accumulate_snapshots_"}
+
+
+def test_function_and_context_manager() -> None:
+    assert edm2ext.get_backend() == "auto"
+    try:
+        edm2ext.set_backend("reference")
+        assert edm2ext.get_backend() == "reference"
+        with edm2ext.set_backend("native"):
+            assert edm2ext.get_backend() == "native"
+            with edm2ext.set_backend("auto"):
+                assert edm2ext.get_backend() == "auto"
+            assert edm2ext.get_backend() == "native"
+        assert edm2ext.get_backend() == "reference"
+    finally:
+        edm2ext.set_backend("auto")
+
+
+def test_choice_returns_after_an_error() -> None:
+    with pytest.raises(KeyError), edm2ext.set_backend("reference"):
+        raise KeyError
+    assert edm2ext.get_backend() == "auto"
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="set_backend: backend must be one of auto, native, reference, got 'fast'"):
+        edm2ext.set_backend("fast")
+    assert edm2ext.get_backend() == "auto"
+
+
+def test_meta_tensors_need_no_cuda_kernels() -> None:
+    x = torch.empty(2, 6, 4, 4, device="meta")
+    assert ops.pixel_norm(x).shape == x.shape
+    assert ops.cosine_attention(x, 1).shape == (2, 2, 4, 4)
+    assert ops.mp_cat(x, x, silu=True)[1].shape == (2, 12, 4, 4)
+
+
+def test_reference_and_ops_have_the_same_names() -> None:
+    assert all(callable(getattr(reference, name)) for name in ops.__all__)
+
+
+WITHOUT_LIBRARY = """
+import torch, sys
+from pathlib import Path
+is_file = Path.is_file
+Path.is_file = lambda self: not self.name.endswith(".so") and is_file(self)
+import edm2ext
+Path.is_file = is_file
+info = edm2ext.build_info()
+assert not info["native"] and "not found" in info["reason"], info
+x = torch.randn(2, 3, 4, 4, requires_grad=True)
+edm2ext.nn.MPConv(3, 4, 3)(edm2ext.ops.mp_silu(x)).sum().backward()
+assert x.grad.isfinite().all()
+try:
+    edm2ext.set_backend("native")
+except RuntimeError as error:
+    assert "set_backend: the native library is not available: libedm2_ops.so was not found" in str(error), error
+else:
+    raise AssertionError("no error")
+assert edm2ext.get_backend() == "auto"
+"""
+
+
+def test_without_the_library_everything_runs_on_the_reference() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_LIBRARY], check=True)
+
+
+def test_description_of_the_installation() -> None:
+    result = subprocess.run([sys.executable, "-m", "edm2ext"], check=True, capture_output=True, text=True)
+    assert f"torch {torch.__version__}" in result.stdout
+    assert "CUDA usable:" in result.stdout
