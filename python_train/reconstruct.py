@@ -192,7 +192,7 @@ def _parse_widths(text: str) -> list[float]:
 @click.option("--outstd", required=True, help='Widths sigma_rel wanted: 0.05,0.10 or "0.010,0.015,...,0.250".')
 @click.option("--outkimg", type=int, help="Training time wanted, in thousands of images.  [default: the latest]")
 @click.option("--prefix", default="phema", help="Start of the output file names.")
-@click.option("--inprefix", help="Use only input files whose name starts with this.  [default: any tracked average]")
+@click.option("--inprefix", help="Use only input files named so.  [default: any tracked average]")
 @click.option("--instd", help="Use only inputs of these widths.  [default: all]")
 @click.option("--batch", type=click.IntRange(min=1), default=8, help="Results held in memory together.")
 @click.option("--skip-existing", is_flag=True, help="Leave results alone that are there already.")
