@@ -10,27 +10,27 @@ using math::mp_silu_grad;
 
 template <class T>
 void silu(const T* __restrict x, T* __restrict y, int64_t size) {
-#pragma omp simd
+#pragma omp simd simdlen(kLanes)
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(math::mp_silu(widen(x[i])));
 }
 
 template <class T>
 void silu_backward(const T* __restrict grad_y, const T* __restrict x, T* __restrict grad_x, int64_t size) {
-#pragma omp simd
+#pragma omp simd simdlen(kLanes)
   for (int64_t i = 0; i < size; ++i) grad_x[i] = narrow<T>(widen(grad_y[i]) * mp_silu_grad(widen(x[i])));
 }
 
 /// One plane: c is the same for all its pixels.
 template <class T>
 void modulated_plane(const T* __restrict x, Compute<T> c, T* __restrict y, int64_t size) {
-#pragma omp simd
+#pragma omp simd simdlen(kLanes)
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(math::mp_silu(widen(x[i]) * c));
 }
 
 /// One pixel, channels_last: c lies beside x.
 template <class T>
 void modulated_pixel(const T* __restrict x, const T* __restrict c, T* __restrict y, int64_t channels) {
-#pragma omp simd
+#pragma omp simd simdlen(kLanes)
   for (int64_t i = 0; i < channels; ++i) y[i] = narrow<T>(math::mp_silu(widen(x[i]) * widen(c[i])));
 }
 
@@ -39,7 +39,7 @@ template <class T>
 Compute<T> modulated_backward_plane(const T* __restrict grad_y, const T* __restrict x, Compute<T> c,
                                     T* __restrict grad_x, int64_t size) {
   Compute<T> grad_c = 0;
-#pragma omp simd reduction(+ : grad_c)
+#pragma omp simd simdlen(kLanes) reduction(+ : grad_c)
   for (int64_t i = 0; i < size; ++i) {
     const Compute<T> xi = widen(x[i]);
     const Compute<T> grad_z = widen(grad_y[i]) * mp_silu_grad(xi * c);
@@ -61,7 +61,7 @@ void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x,
     const T* __restrict grad_row = grad_y + p * channels;
     const T* __restrict x_row = x + p * channels;
     T* __restrict out_row = grad_x + p * channels;
-#pragma omp simd
+#pragma omp simd simdlen(kLanes)
     for (int64_t i = 0; i < block; ++i) {
       const Compute<T> xi = widen(x_row[i]);
       const Compute<T> grad_z = widen(grad_row[i]) * mp_silu_grad(xi * c_block[i]);

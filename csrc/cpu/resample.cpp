@@ -1,6 +1,7 @@
 #include "edm2/resample.h"
 
 #include <cstdlib>
+#include <cstring>
 
 #include "kernels.h"
 #include "storage.h"
@@ -8,127 +9,282 @@
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
-/// Memory of the call's own.
-template <class C>
-struct Scratch {
-  C* data;
-  explicit Scratch(int64_t size) : data(static_cast<C*>(std::malloc(static_cast<size_t>(size) * sizeof(C)))) {}
-  ~Scratch() { std::free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
+// ---- Filter (1, 1): sums of 2 x 2 pixels, copies to 2 x 2 pixels ----
 
-/// What output position `out` of one axis is made of: x[index] times filter[tap] for tap = first, first + step, ...,
-/// last.
-struct Taps {
-  int64_t first;
-  int64_t last;
-  int64_t step;
-  int64_t base;  // index = (base + direction * tap) / divisor
+constexpr int64_t kFlat = 1024;
 
-  bool up;
-  int64_t index(int64_t tap) const { return up ? (base - tap) / 2 : base + tap; }
-};
-
-/// down: out takes x[2 * out + k - p]; up: x[(out + p - k) / 2] for the k that make it whole.
-Taps taps_of(bool up, int64_t out, int64_t taps, int64_t size) {
-  const int64_t pad = (taps - 1) / 2;
-  if (up) {
-    const int64_t base = out + pad;
-    int64_t first = max(base - 2 * (size - 1), 0);
-    first += (base - first) & 1;
-    return {first, min(taps - 1, base), 2, base, true};
-  }
-  const int64_t base = 2 * out - pad;
-  return {max(0, -base), min(taps - 1, size - 1 - base), 1, base, false};
-}
-
-/// Any filter, channels_last: one output row.
+/// y[j] = weight * (sum of the 2 x 2 pixels at 2 * j), `rows` output rows of one image, NCHW. Sums of row pairs go to a flat buffer,
+/// so that sums of column pairs are one long loop however narrow the image.
 template <class T>
-void any_filter_row(const ResampleParams& p, bool up, int64_t item, Compute<T>* __restrict sum) {
-  const int64_t sample = item / p.out_height;
-  const int64_t channels = p.channels;
-  const T* x = as<T>(p.x) + sample * p.height * p.width * channels;
-  T* y = as<T>(p.y) + item * p.out_width * channels;
-  const Taps rows = taps_of(up, item % p.out_height, p.taps, p.height);
-  for (int64_t ox = 0; ox < p.out_width; ++ox, y += channels) {
-    const Taps columns = taps_of(up, ox, p.taps, p.width);
-    for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
-    for (int64_t ky = rows.first; ky <= rows.last; ky += rows.step) {
-      for (int64_t kx = columns.first; kx <= columns.last; kx += columns.step) {
-        const T* __restrict from = x + (rows.index(ky) * p.width + columns.index(kx)) * channels;
-        const Compute<T> weight = static_cast<Compute<T>>(p.filter[ky] * p.filter[kx]);
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) sum[c] += weight * widen(from[c]);
+void mean_rows(const T* __restrict x, T* __restrict y, int64_t rows, int64_t width, int64_t out_width,
+               Compute<T> weight) {
+  alignas(64) Compute<T> flat[kFlat];
+  const int64_t used = 2 * out_width;
+  for (int64_t first = 0; first < used; first += kFlat) {
+    const int64_t columns = min(kFlat, used - first);
+    const int64_t step = columns == used ? kFlat / columns : 1;  // rows at a time
+    for (int64_t row = 0; row < rows; row += step) {
+      const int64_t count = min(step, rows - row);
+      for (int64_t r = 0; r < count; ++r) {
+        const T* __restrict top = x + 2 * (row + r) * width + first;
+        const T* __restrict bottom = top + width;
+        Compute<T>* __restrict sum = flat + r * columns;
+#pragma omp simd simdlen(kLanes)
+        for (int64_t i = 0; i < columns; ++i) sum[i] = widen(top[i]) + widen(bottom[i]);
       }
+      T* __restrict out = y + row * out_width + first / 2;
+#pragma omp simd simdlen(kLanes)
+      for (int64_t i = 0; i < count * columns / 2; ++i) out[i] = narrow<T>(weight * (flat[2 * i] + flat[2 * i + 1]));
     }
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) y[c] = narrow<T>(sum[c]);
   }
 }
 
-/// Any filter, NCHW: one plane, first along columns of pixels into a padded row, then along the row.
 template <class T>
-void any_filter_plane(const ResampleParams& p, bool up, int64_t item, Compute<T>* __restrict padded) {
-  using C = Compute<T>;
+void mean_planes(const ResampleParams& p, int64_t begin, int64_t end) {
+  const Compute<T> weight = static_cast<Compute<T>>(p.filter[0] * p.filter[0]);
+  const int64_t plane = p.height * p.width;
+  const int64_t out_plane = p.out_height * p.out_width;
+  if (p.height == 2 * p.out_height) {  // planes follow each other as if they were one
+    mean_rows(as<T>(p.x) + begin * plane, as<T>(p.y) + begin * out_plane, (end - begin) * p.out_height, p.width,
+              p.out_width, weight);
+    return;
+  }
+  for (int64_t item = begin; item < end; ++item) {
+    mean_rows(as<T>(p.x) + item * plane, as<T>(p.y) + item * out_plane, p.out_height, p.width, p.out_width, weight);
+  }
+}
+
+/// One output row, channels_last.
+template <class T>
+void mean_pixels(const ResampleParams& p, int64_t item) {
+  const Compute<T> weight = static_cast<Compute<T>>(p.filter[0] * p.filter[0]);
+  const int64_t channels = p.channels;
+  const int64_t row = item / p.out_height * p.height + 2 * (item % p.out_height);
+  const T* x = as<T>(p.x) + row * p.width * channels;
+  T* y = as<T>(p.y) + item * p.out_width * channels;
+  for (int64_t j = 0; j < p.out_width; ++j) {
+    const T* __restrict left = x + 2 * j * channels;
+    const T* __restrict right = left + channels;
+    const T* __restrict below_left = left + p.width * channels;
+    const T* __restrict below_right = below_left + channels;
+    T* __restrict out = y + j * channels;
+#pragma omp simd simdlen(kLanes)
+    for (int64_t c = 0; c < channels; ++c) {
+      out[c] = narrow<T>(weight * ((widen(left[c]) + widen(right[c])) + (widen(below_left[c]) + widen(below_right[c]))));
+    }
+  }
+}
+
+/// Every pixel of a row twice, NCHW; Width is the width if known when compiling, else 0.
+template <int Width, class T>
+void spread_row(const T* __restrict x, T* __restrict y, int64_t width, Compute<T> weight) {
+  const int64_t size = Width > 0 ? Width : width;
+#pragma omp simd simdlen(kLanes)
+  for (int64_t i = 0; i < size; ++i) {
+    const T v = narrow<T>(weight * widen(x[i]));
+    y[2 * i] = v;
+    y[2 * i + 1] = v;
+  }
+}
+
+template <int Width, class T>
+void spread_plane(const ResampleParams& p, int64_t item) {
+  const Compute<T> weight = static_cast<Compute<T>>(p.filter[0] * p.filter[0]);
+  const int64_t out_width = Width > 0 ? 2 * Width : p.out_width;
   const T* x = as<T>(p.x) + item * p.height * p.width;
   T* y = as<T>(p.y) + item * p.out_height * p.out_width;
-  const int64_t pad = p.taps;
-  C* __restrict sum = padded + pad;
-  for (int64_t i = 0; i < p.width + 2 * pad; ++i) padded[i] = 0;
-  for (int64_t oy = 0; oy < p.out_height; ++oy, y += p.out_width) {
-    for (int64_t i = 0; i < p.width; ++i) sum[i] = 0;
-    const Taps rows = taps_of(up, oy, p.taps, p.height);
-    for (int64_t k = rows.first; k <= rows.last; k += rows.step) {
-      const T* __restrict from = x + rows.index(k) * p.width;
-      const C weight = static_cast<C>(p.filter[k]);
-#pragma omp simd
-      for (int64_t i = 0; i < p.width; ++i) sum[i] += weight * widen(from[i]);
+  for (int64_t row = 0; row < p.height; ++row, x += p.width, y += 2 * out_width) {
+    spread_row<Width>(x, y, p.width, weight);
+    if (p.out_width > 2 * p.width) y[2 * p.width] = T{};
+    std::memcpy(y + out_width, y, static_cast<size_t>(out_width) * sizeof(T));
+  }
+  if (p.out_height > 2 * p.height) std::memset(y, 0, static_cast<size_t>(out_width) * sizeof(T));
+}
+
+/// One output row, channels_last.
+template <class T>
+void spread_pixels(const ResampleParams& p, int64_t item) {
+  const Compute<T> weight = static_cast<Compute<T>>(p.filter[0] * p.filter[0]);
+  const int64_t channels = p.channels;
+  const int64_t row = item % p.out_height / 2;
+  T* y = as<T>(p.y) + item * p.out_width * channels;
+  if (row >= p.height) {
+    std::memset(y, 0, static_cast<size_t>(p.out_width * channels) * sizeof(T));
+    return;
+  }
+  const T* __restrict x = as<T>(p.x) + (item / p.out_height * p.height + row) * p.width * channels;
+  for (int64_t i = 0; i < p.width; ++i, x += channels, y += 2 * channels) {
+    T* __restrict left = y;
+    T* __restrict right = y + channels;
+#pragma omp simd simdlen(kLanes)
+    for (int64_t c = 0; c < channels; ++c) {
+      const T v = narrow<T>(weight * widen(x[c]));
+      left[c] = v;
+      right[c] = v;
     }
-    const int64_t half = (p.taps - 1) / 2;
-    if (up) {
-      for (int64_t phase = 0; phase < 2; ++phase) {
-        const int64_t first = (phase + half) & 1;
-        const int64_t size = (p.out_width - phase + 1) / 2;
-        for (int64_t m = 0; m < size; ++m) {
-          C v = 0;
-          for (int64_t k = first; k < p.taps; k += 2) {
-            const int64_t i = m + (phase + half - k) / 2;
-            if (i < p.width) v += static_cast<C>(p.filter[k]) * sum[i];
-          }
-          y[2 * m + phase] = narrow<T>(v);
-        }
-      }
-    } else {
-      for (int64_t ox = 0; ox < p.out_width; ++ox) {
-        C v = 0;
-        for (int64_t k = 0; k < p.taps; ++k) v += static_cast<C>(p.filter[k]) * sum[2 * ox + k - half];
-        y[ox] = narrow<T>(v);
-      }
-    }
+  }
+  if (p.out_width > 2 * p.width) std::memset(y, 0, static_cast<size_t>(channels) * sizeof(T));
+}
+
+// ---- Any filter: along columns into a padded row, then along the row. Taps: their number if known when compiling, else 0 ----
+
+/// Working memory of a call: a row [taps + width + taps, channels], its padding zero, and an output row. NCHW: channels = 1.
+template <class C>
+struct Rows {
+  int64_t channels;
+  C* memory;
+  C* row;
+  C* out;
+
+  explicit Rows(const ResampleParams& p) : channels(p.channels_last ? p.channels : 1) {
+    const int64_t padded = (2 * p.taps + p.width) * channels;
+    memory = static_cast<C*>(std::malloc(static_cast<size_t>(padded + p.out_width * channels) * sizeof(C)));
+    row = memory + p.taps * channels;
+    out = memory + padded;
+    for (int64_t i = 0; i < padded; ++i) memory[i] = 0;
+  }
+  ~Rows() { std::free(memory); }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+};
+
+/// Which input the taps of an output position meet. Down: tap k meets input 2 * out + k - half. Up: tap k = phase, phase + 2, ...
+/// meets input (out + half - k) / 2.
+template <bool Up, int Taps>
+struct Axis {
+  const double* filter;
+  int64_t taps_;
+  int64_t taps() const { return Taps > 0 ? Taps : taps_; }
+  int64_t half() const { return (taps() - 1) / 2; }
+  int64_t first(int64_t out) const { return Up ? (out + half()) & 1 : 0; }
+  static constexpr int64_t kStep = Up ? 2 : 1;
+  int64_t index(int64_t out, int64_t k) const { return Up ? (out + half() - k) >> 1 : 2 * out + k - half(); }
+};
+
+/// row = the weighted sum of the rows of x [height, size] that output row `out` is made of.
+template <bool Up, int Taps, class T>
+void filter_columns(const Axis<Up, Taps>& axis, const T* x, int64_t height, int64_t size, int64_t out,
+                    Compute<T>* __restrict row) {
+  using C = Compute<T>;
+  for (int64_t i = 0; i < size; ++i) row[i] = 0;
+  for (int64_t k = axis.first(out); k < axis.taps(); k += axis.kStep) {
+    const int64_t index = axis.index(out, k);
+    if (index < 0 || index >= height) continue;
+    const T* __restrict from = x + index * size;
+    const C weight = static_cast<C>(axis.filter[k]);
+#pragma omp simd simdlen(kLanes)
+    for (int64_t i = 0; i < size; ++i) row[i] += weight * widen(from[i]);
   }
 }
 
-template <class T>
-void any_filter(const ResampleParams& p, bool up, int64_t begin, int64_t end) {
-  const Scratch<Compute<T>> scratch(p.channels_last ? p.channels : p.width + 2 * p.taps);
-  for (int64_t item = begin; item < end; ++item) {
-    if (p.channels_last) {
-      any_filter_row<T>(p, up, item, scratch.data);
-    } else {
-      any_filter_plane<T>(p, up, item, scratch.data);
+/// y [out_width, channels] of the padded row [width, channels], a tap at a time.
+template <bool Up, class T>
+void filter_row(const Axis<Up, 0>& axis, const Rows<Compute<T>>& rows, T* __restrict y, int64_t out_width) {
+  using C = Compute<T>;
+  const int64_t channels = rows.channels;
+  const int64_t size = out_width * channels;
+  C* __restrict out = rows.out;
+  for (int64_t i = 0; i < size; ++i) out[i] = 0;
+  for (int64_t phase = 0; phase < (Up ? 2 : 1); ++phase) {
+    for (int64_t k = axis.first(phase); k < axis.taps(); k += axis.kStep) {
+      const C weight = static_cast<C>(axis.filter[k]);
+      for (int64_t o = phase; o < out_width; o += axis.kStep) {
+        const C* __restrict from = rows.row + axis.index(o, k) * channels;
+#pragma omp simd simdlen(kLanes)
+        for (int64_t c = 0; c < channels; ++c) out[o * channels + c] += weight * from[c];
+      }
     }
   }
+#pragma omp simd simdlen(kLanes)
+  for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(out[i]);
 }
+
+/// The same for one channel and a known number of taps.
+template <bool Up, int Taps, class T>
+void filter_row(const Axis<Up, Taps>& axis, const Rows<Compute<T>>& rows, T* __restrict y, int64_t out_width) {
+  using C = Compute<T>;
+  const C* __restrict row = rows.row;
+  const auto at = [=](int64_t o) {
+    C v = 0;
+    for (int64_t k = axis.first(o); k < Taps; k += axis.kStep) v += static_cast<C>(axis.filter[k]) * row[axis.index(o, k)];
+    return v;
+  };
+  if constexpr (Up) {
+#pragma omp simd simdlen(kLanes)
+    for (int64_t i = 0; i < out_width / 2; ++i) {
+      C even = 0, odd = 0;
+      for (int64_t k = axis.first(0); k < Taps; k += 2) even += static_cast<C>(axis.filter[k]) * row[i + axis.index(0, k)];
+      for (int64_t k = axis.first(1); k < Taps; k += 2) odd += static_cast<C>(axis.filter[k]) * row[i + axis.index(1, k)];
+      y[2 * i] = narrow<T>(even);
+      y[2 * i + 1] = narrow<T>(odd);
+    }
+    if (out_width % 2 != 0) y[out_width - 1] = narrow<T>(at(out_width - 1));
+  } else {
+#pragma omp simd simdlen(kLanes)
+    for (int64_t o = 0; o < out_width; ++o) y[o] = narrow<T>(at(o));
+  }
+}
+
+template <bool Up, int Taps, class T>
+void any_filter(const ResampleParams& p, int64_t begin, int64_t end) {
+  const Axis<Up, Taps> axis{p.filter, p.taps};
+  const Rows<Compute<T>> rows(p);
+  const int64_t first = p.channels_last ? begin : begin * p.out_height;
+  const int64_t last = p.channels_last ? end : end * p.out_height;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t size = p.width * rows.channels;
+    const T* x = as<T>(p.x) + row / p.out_height * p.height * size;
+    filter_columns(axis, x, p.height, size, row % p.out_height, rows.row);
+    filter_row(axis, rows, as<T>(p.y) + row * p.out_width * rows.channels, p.out_width);
+  }
+}
+
+template <bool Up, class T>
+void any_filter(const ResampleParams& p, int64_t begin, int64_t end) {
+  if (p.taps == 4 && !p.channels_last) {
+    any_filter<Up, 4, T>(p, begin, end);
+  } else {
+    any_filter<Up, 0, T>(p, begin, end);
+  }
+}
+
+bool is_box(const ResampleParams& p) { return p.taps == 2 && p.filter[0] == p.filter[1]; }
 
 }  // namespace
 
 void resample_down(const ResampleParams& p, int64_t begin, int64_t end) {
-  with_type(p.dtype, [&]<class T>(T) { any_filter<T>(p, false, begin, end); });
+  with_type(p.dtype, [&]<class T>(T) {
+    if (!is_box(p)) {
+      any_filter<false, T>(p, begin, end);
+    } else if (p.channels_last) {
+      for (int64_t item = begin; item < end; ++item) mean_pixels<T>(p, item);
+    } else {
+      mean_planes<T>(p, begin, end);
+    }
+  });
 }
 
 void resample_up(const ResampleParams& p, int64_t begin, int64_t end) {
-  with_type(p.dtype, [&]<class T>(T) { any_filter<T>(p, true, begin, end); });
+  with_type(p.dtype, [&]<class T>(T) {
+    if (!is_box(p)) {
+      any_filter<true, T>(p, begin, end);
+      return;
+    }
+    const bool plain = p.out_width == 2 * p.width;
+    for (int64_t item = begin; item < end; ++item) {
+      if (p.channels_last) {
+        spread_pixels<T>(p, item);
+      } else if (plain && p.width == 4) {
+        spread_plane<4, T>(p, item);
+      } else if (plain && p.width == 8) {
+        spread_plane<8, T>(p, item);
+      } else if (plain && p.width == 16) {
+        spread_plane<16, T>(p, item);
+      } else {
+        spread_plane<0, T>(p, item);
+      }
+    }
+  });
 }
 
 }  // namespace edm2::cpu::EDM2_CPU_ISA

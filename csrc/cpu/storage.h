@@ -12,12 +12,18 @@
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
+/// Bits as a scalar: a struct would be copied as an aggregate, which stops vectorisation.
+enum class BFloat16 : uint16_t {};
+enum class Float16 : uint16_t {};
+
+/// Floats in a vector register: keeps the compiler from taking twice as many because 16-bit storage would allow it.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 
 /// Type computed in: double for double, else float.
 template <class T>
@@ -25,15 +31,15 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 EDM2_FORMULA float widen(float v) { return v; }
 EDM2_FORMULA double widen(double v) { return v; }
-EDM2_FORMULA float widen(BFloat16 v) { return math::from_bits(static_cast<int32_t>(uint32_t{v.bits} << 16)); }
+EDM2_FORMULA float widen(BFloat16 v) { return math::from_bits(static_cast<int32_t>(static_cast<uint32_t>(v) << 16)); }
 
 /// Shifting exponent and mantissa into float's place leaves a factor 2^112, which a multiplication removes (subnormals
 /// included); Inf and NaN, whose exponent must become all ones, are set apart.
 EDM2_FORMULA float widen(Float16 v) {
-  const uint32_t magnitude = (uint32_t{v.bits} & 0x7FFFu) << 13;
+  const uint32_t magnitude = (static_cast<uint32_t>(v) & 0x7FFFu) << 13;
   const float finite = math::from_bits(static_cast<int32_t>(magnitude)) * 0x1p112f;
   const uint32_t special = magnitude | 0x7F800000u;
-  const uint32_t sign = (uint32_t{v.bits} & 0x8000u) << 16;
+  const uint32_t sign = (static_cast<uint32_t>(v) & 0x8000u) << 16;
   const uint32_t bits = magnitude >= 0x0F800000u ? special : static_cast<uint32_t>(math::to_bits(finite));
   return math::from_bits(static_cast<int32_t>(bits | sign));
 }
@@ -43,7 +49,7 @@ EDM2_FORMULA T narrow(Compute<T> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {  // round to nearest even; NaN stays a NaN
     const uint32_t bits = static_cast<uint32_t>(math::to_bits(v));
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return BFloat16{static_cast<uint16_t>(v == v ? rounded : 0x7FC0u)};
+    return static_cast<BFloat16>(static_cast<uint16_t>(v == v ? rounded : 0x7FC0u));
   } else {
     return v;
   }
