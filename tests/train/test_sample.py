@@ -95,7 +95,7 @@ def test_golden_samples(golden: tuple[dict[str, Tensor], Precond, Precond], back
         **GOLDEN_CASES[case],
     )
     expected = tensors[f"sample.{case}"].double()
-    # Measured: 5e-7 or less for all cases (the solver in fp64 agrees to the network's fp32).
+    # Measured: 6e-7 or less for all cases (the solver in fp64 agrees to the network's fp32).
     assert (out.double() - expected).norm() <= 1e-5 * expected.norm()
 
 
