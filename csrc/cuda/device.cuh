@@ -18,6 +18,13 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
+/// Second argument of __launch_bounds__ for a kernel whose threads hold so many packs: 80, 128 or 255 registers. Left
+/// to itself, ptxas spills a few registers here and there to fit in one more block.
+template <int kHeldPacks = 0>
+inline constexpr int kResidentBlocks = kHeldPacks <= 6    ? 3
+                                       : kHeldPacks <= 12 ? 2
+                                                          : 1;
+
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -150,8 +157,11 @@ using Width = std::integral_constant<int, N>;
 template <typename T, typename Body>
 __device__ void for_each_pack(int64_t count, int64_t head, int64_t first, int64_t step, Body body) {
   const int64_t packs = (count - head) / kPack<T>;
+#pragma unroll 1
   for (int64_t i = first; i < packs; i += step) body(Width<kPack<T>>{}, head + i * kPack<T>);
+#pragma unroll 1
   for (int64_t i = first; i < head; i += step) body(Width<1>{}, i);
+#pragma unroll 1
   for (int64_t i = head + packs * kPack<T> + first; i < count; i += step) body(Width<1>{}, i);
 }
 

@@ -149,7 +149,7 @@ struct PlaneChunk {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     mp_silu_modulated_planes(const T* __restrict__ x, const T* __restrict__ c, T* __restrict__ y, int64_t chunks,
                              int64_t pixels, int lanes) {
   const LaneGroups groups(lanes);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     mp_silu_modulated_backward_planes(const T* __restrict__ grad_y, const T* __restrict__ x, const T* __restrict__ c,
                                       T* __restrict__ grad_x, ChunkSums<T> chunk_sums, int64_t chunks, int64_t pixels,
                                       int lanes) {

@@ -36,7 +36,7 @@ __device__ Floats<N> gradient_of_y(const Floats<N>& grad_y, const Floats<N>& gra
 
 /// channels_last; a pixel's channels are up to kPacks packs in each of `lanes` lanes.
 template <typename T, int kPacks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kPacks>)
     pixel_norm_rows(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ y_silu, int64_t pixels, int channels,
                     int lanes, float eps) {
   constexpr int N = kPack<T>;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kPacks, bool kSiLU>
-__global__ void __launch_bounds__(kThreads, kPacks == 8 ? 1 : 0)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<3 * kPacks>)
     pixel_norm_backward_rows(const T* __restrict__ grad_y, const T* __restrict__ grad_silu, const T* __restrict__ x,
                              T* __restrict__ grad_x, int64_t pixels, int channels, int lanes, float eps) {
   constexpr int N = kPack<T>;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kPacks == 8 ? 1 : 0)
 
 /// channels_last, any number of channels at any alignment: a warp per pixel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     pixel_norm_long_rows(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ y_silu, int64_t pixels,
                          int64_t channels, float eps) {
   const float n = static_cast<float>(channels);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool kSiLU>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     pixel_norm_backward_long_rows(const T* __restrict__ grad_y, const T* __restrict__ grad_silu,
                                   const T* __restrict__ x, T* __restrict__ grad_x, int64_t pixels, int64_t channels,
                                   float eps) {
@@ -211,7 +211,7 @@ __device__ Floats<N> sum_over_slices(Floats<N> sums) {
 
 /// contiguous (NCHW).
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     pixel_norm_planes(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ y_silu, int64_t strips,
                       int64_t channels, int64_t pixels, float eps) {
   using Strip = PixelStrip<N>;
@@ -219,12 +219,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t s = blockIdx.x; s < strips; s += gridDim.x) {
     const Strip strip(s, channels, pixels);
     Floats<N> squares = {};
+#pragma unroll 2
     for (int64_t c = strip.first; c < strip.end; c += Strip::kSlices) {
       const auto here = load<N>(x + strip.base + c * pixels);
       squares = squares + here * here;
     }
     squares = sum_over_slices(squares);
     const auto inverse_scale = map([=](float v) { return inverse_pixel_scale(v, n, eps); }, squares);
+#pragma unroll 2
     for (int64_t c = strip.first; c < strip.end; c += Strip::kSlices) {
       const int64_t at = strip.base + c * pixels;
       store_with_silu(y, y_silu, at, load<N>(x + at) * inverse_scale);
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int N, bool kSiLU>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     pixel_norm_backward_planes(const T* __restrict__ grad_y, const T* __restrict__ grad_silu, const T* __restrict__ x,
                                T* __restrict__ grad_x, int64_t strips, int64_t channels, int64_t pixels, float eps) {
   using Strip = PixelStrip<N>;
@@ -242,6 +244,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t s = blockIdx.x; s < strips; s += gridDim.x) {
     const Strip strip(s, channels, pixels);
     Floats<N> squares = {};
+#pragma unroll 2
     for (int64_t c = strip.first; c < strip.end; c += Strip::kSlices) {
       const auto here = load<N>(x + strip.base + c * pixels);
       squares = squares + here * here;
@@ -252,12 +255,14 @@ __global__ void __launch_bounds__(kThreads)
       return gradient_of_y<kSiLU>(load<N>(grad_y + at), load<N>(grad_silu + at), load<N>(x + at) * inverse_scale);
     };
     Floats<N> dot_gx = {};
+#pragma unroll 2
     for (int64_t c = strip.first; c < strip.end; c += Strip::kSlices) {
       const int64_t at = strip.base + c * pixels;
       dot_gx = dot_gx + gradient(at) * load<N>(x + at);
     }
     dot_gx = sum_over_slices(dot_gx);
     const auto projection = map([=](float v, float d) { return pixel_norm_projection(v, d, n, eps); }, squares, dot_gx);
+#pragma unroll 2
     for (int64_t c = strip.first; c < strip.end; c += Strip::kSlices) {
       const int64_t at = strip.base + c * pixels;
       store(grad_x + at, gradient(at) * inverse_scale - load<N>(x + at) * projection);

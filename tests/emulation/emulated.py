@@ -92,6 +92,10 @@ class Library:
             message = self._library.emulation_message().decode()
             raise KernelFault(f"{function}: error {error}: {message}")
 
+    def run(self, function: str, *arguments: "Tensor | int") -> None:
+        """Calls a function that returns nothing."""
+        getattr(self._library, function)(*map(_argument, arguments))
+
     def int64(self, function: str, *arguments: "int | bool") -> int:
         """Calls a function that returns an int64."""
         getattr(self._library, function).restype = ctypes.c_int64
