@@ -50,13 +50,13 @@ EDM2_FORMULA T divide(T a, T b) {
   return a / b;
 }
 
-/// exp(x) within 1 ulp for use in 1 + exp(x): results below the smallest normal number become that number, and those above
-/// 2^127.5 infinity.
-/// x = n ln 2 + r, exp(r) = 1 + r + r^2 P(r) with P minimax on |r| <= ln(2) / 2 (relative error of exp 7.5e-9).
-/// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 2^n is made of its bits, n = 128 giving infinity.
+/// exp(x) within 1 ulp for use in 1 + exp(x): results below the smallest normal number become that number, and those
+/// above 2^127.5 infinity. x = n ln 2 + r, exp(r) = 1 + r + r^2 P(r) with P minimax on |r| <= ln(2) / 2 (relative error
+/// of exp 7.5e-9). Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 2^n is made of its bits, n =
+/// 128 giving infinity.
 EDM2_FORMULA float exp(float x) {
 #if defined(__CUDA_ARCH__)
-  return ::expf(x);
+  return __expf(x);  // within 2 + |x| ulp
 #else
   x = x > 89.0f ? 89.0f : x;
   x = x < -87.0f ? -87.0f : x;
