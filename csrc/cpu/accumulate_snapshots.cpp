@@ -13,7 +13,7 @@ constexpr int64_t kInputs = 4;
 
 template <class T>
 void widen_block(const T* __restrict from, float* __restrict to, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
 }
 
@@ -28,7 +28,7 @@ void load(const SnapshotInput& input, int64_t at, float* to, int64_t size) {
 }
 
 void add(const float (&block)[kInputs][kBlock], const float (&coef)[kInputs], float* __restrict out, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     out[i] += (coef[0] * block[0][i] + coef[1] * block[1][i]) + (coef[2] * block[2][i] + coef[3] * block[3][i]);
   }
@@ -54,7 +54,7 @@ void accumulate_snapshots(const AccumulateSnapshotsParams& p, int64_t begin, int
         } else {
           for (int64_t n = 0; n < count; ++n) {
             const float coef = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
             for (int64_t i = 0; i < size; ++i) out[i] += coef * block[n][i];
           }
         }

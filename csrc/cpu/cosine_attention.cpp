@@ -44,7 +44,7 @@ struct Norms {
 
   void set(const C (&squares)[3][kBlock], int64_t head_dim, double eps) {
     for (int64_t j = 0; j < 3; ++j) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
       for (int64_t p = 0; p < kBlock; ++p) {
         rms[j][p] = std::sqrt(squares[j][p] / static_cast<C>(head_dim));
         inv[j][p] = C(1) / (rms[j][p] + static_cast<C>(eps));
@@ -63,7 +63,7 @@ void sum_squares(const T* __restrict x, const Item& item, int64_t head_dim, C (&
     for (int64_t i = 0; i < head_dim; ++i) {
       for (int64_t j = 0; j < 3; ++j) {
         const T* __restrict row = x + item.offset + (3 * i + j) * item.channel_stride;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
         for (int64_t p = 0; p < item.size; ++p) squares[j][p] += widen(row[p]) * widen(row[p]);
       }
     }
@@ -71,7 +71,7 @@ void sum_squares(const T* __restrict x, const Item& item, int64_t head_dim, C (&
     for (int64_t p = 0; p < item.size; ++p) {
       const T* __restrict row = x + item.offset + p * item.pixel_stride;
       C q = 0, k = 0, v = 0;
-#pragma omp simd simdlen(kLanes) reduction(+ : q, k, v)
+#pragma omp simd reduction(+ : q, k, v)
       for (int64_t i = 0; i < head_dim; ++i) {
         q += widen(row[3 * i]) * widen(row[3 * i]);
         k += widen(row[3 * i + 1]) * widen(row[3 * i + 1]);

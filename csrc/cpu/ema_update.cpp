@@ -14,14 +14,14 @@ template <class T>
 void update(const T* __restrict param, T* __restrict ema, Compute<T> weight, int64_t size) {
   using C = Compute<T>;
   if (weight < C(0.5)) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       const C e = widen(ema[i]);
       ema[i] = narrow<T>(e + weight * (widen(param[i]) - e));
     }
   } else {
     const C rest = C(1) - weight;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       const C p = widen(param[i]);
       ema[i] = narrow<T>(p - rest * (p - widen(ema[i])));

@@ -8,14 +8,14 @@ namespace {
 
 template <class T>
 void scale(const T* __restrict x, T* __restrict y, Compute<T> weight, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(widen(x[i]) * weight);
 }
 
 /// MP-SiLU is taken of the product as stored: the backward pass sees no other.
 template <class T>
 void scale_silu(const T* __restrict x, T* __restrict y, T* __restrict y_silu, Compute<T> weight, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const Compute<T> v = stored<T>(widen(x[i]) * weight);
     y[i] = narrow<T>(v);
@@ -26,7 +26,7 @@ void scale_silu(const T* __restrict x, T* __restrict y, T* __restrict y_silu, Co
 template <class T>
 void scale_silu_backward(const T* __restrict grad, const T* __restrict grad_silu, const T* __restrict out,
                          T* __restrict grad_x, Compute<T> weight, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const Compute<T> g = widen(grad[i]) + widen(grad_silu[i]) * math::mp_silu_grad(widen(out[i]));
     grad_x[i] = narrow<T>(g * weight);

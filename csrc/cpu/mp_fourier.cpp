@@ -13,7 +13,7 @@ constexpr double kSqrt2 = 1.4142135623730951;
 template <bool Sine, class C>
 void waves(C x, const C* __restrict freqs, const C* __restrict phases, C* __restrict out, int64_t size) {
   double largest = 0;
-#pragma omp simd simdlen(kLanes) reduction(max : largest)
+#pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < size; ++i) {
     const double angle = x * freqs[i] + phases[i];
     const double magnitude = angle < 0 ? -angle : angle;
@@ -56,7 +56,7 @@ void mp_fourier_backward_x(const MPFourierBackwardParams& p, int64_t begin, int6
         const T* grad = as<T>(p.grad_y) + n * p.channels + first;
         const C* freqs = as<C>(p.freqs) + first;
         waves<true>(widen(as<T>(p.x)[n]), freqs, as<C>(p.phases) + first, block, size);
-#pragma omp simd simdlen(kLanes) reduction(+ : grad_x)
+#pragma omp simd reduction(+ : grad_x)
         for (int64_t i = 0; i < size; ++i) grad_x -= widen(grad[i]) * block[i] * freqs[i];
       }
       as<T>(p.grad_x)[n] = narrow<T>(grad_x);
@@ -77,7 +77,7 @@ void mp_fourier_backward_buffers(const MPFourierBackwardParams& p, int64_t begin
         const C x = widen(as<T>(p.x)[n]);
         const T* grad = as<T>(p.grad_y) + n * p.channels + first;
         waves<true>(x, as<C>(p.freqs) + first, as<C>(p.phases) + first, block, size);
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
         for (int64_t i = 0; i < size; ++i) {
           const C grad_phase = -widen(grad[i]) * block[i];
           grad_phases[i] += grad_phase;

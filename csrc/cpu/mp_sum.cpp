@@ -8,21 +8,21 @@ namespace {
 
 template <class T>
 void sum(const T* __restrict a, const T* __restrict b, T* __restrict y, Compute<T> wa, Compute<T> wb, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(wa * widen(a[i]) + wb * widen(b[i]));
 }
 
 template <class T>
 void sum_clamped(const T* __restrict a, const T* __restrict b, T* __restrict y, Compute<T> wa, Compute<T> wb,
                  Compute<T> clip, int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(math::clamp(wa * widen(a[i]) + wb * widen(b[i]), clip));
 }
 
 template <class T>
 void backward(const T* __restrict grad, T* __restrict grad_a, T* __restrict grad_b, Compute<T> wa, Compute<T> wb,
               int64_t size) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const Compute<T> g = widen(grad[i]);
     grad_a[i] = narrow<T>(g * wa);
@@ -35,7 +35,7 @@ template <class T>
 void backward_clamped(const T* __restrict grad, const T* __restrict a, const T* __restrict b, T* __restrict grad_a,
                       T* __restrict grad_b, Compute<T> wa, Compute<T> wb, Compute<T> clip, int64_t size) {
   using C = Compute<T>;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const C y = wa * widen(a[i]) + wb * widen(b[i]);
     const C g = (y < C(0) ? -y : y) <= clip ? widen(grad[i]) : C(0);

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 Compute<T> sum_of_squares(const T* __restrict w, int64_t size) {
   Compute<T> sum = 0;
-#pragma omp simd simdlen(kLanes) reduction(+ : sum)
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < size; ++i) sum += widen(w[i]) * widen(w[i]);
   return sum;
 }
@@ -31,11 +31,11 @@ void normalize_row(const T* w, Out* out, int64_t size, double eps, double factor
   using C = Compute<T>;
   const RowNorm<T> norm(w, size, eps);
   if (factor == 1.0) {  // exactly rounded division: forced normalisation is applied again and again
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) out[i] = narrow<Out>(static_cast<Compute<Out>>(widen(w[i]) / norm.s));
   } else {
     const C scale = static_cast<C>(factor) / norm.s;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) out[i] = narrow<Out>(static_cast<Compute<Out>>(widen(w[i]) * scale));
   }
 }
@@ -47,13 +47,13 @@ double normalize_row_backward(const Grad* __restrict grad, const T* __restrict w
   using C = Compute<T>;
   const RowNorm<T> norm(w, size, eps);
   C dot = 0;  // <grad, w>
-#pragma omp simd simdlen(kLanes) reduction(+ : dot)
+#pragma omp simd reduction(+ : dot)
   for (int64_t i = 0; i < size; ++i) dot += static_cast<C>(widen(grad[i])) * widen(w[i]);
   const C inv = C(1) / norm.s;
   const C f = static_cast<C>(factor);
   const C scale = f * inv;
   const C coef = f * math::normalize_grad_coef(dot, inv, norm.rms, static_cast<C>(size));
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     grad_w[i] = narrow<T>(static_cast<C>(widen(grad[i])) * scale - widen(w[i]) * coef);
   }

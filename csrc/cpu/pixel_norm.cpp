@@ -25,7 +25,7 @@ struct PlaneBlock {
   template <class F>
   void for_each(const F& body) const {
     for (int64_t c = 0; c < channels; ++c) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
       for (int64_t i = 0; i < size(); ++i) body(c * stride + i, i, c * kPixelBlock + i);
     }
   }
@@ -35,7 +35,7 @@ struct PlaneBlock {
   void sum(C* __restrict sums, const F& term) const {
     for (int64_t i = 0; i < size(); ++i) sums[i] = 0;
     for (int64_t c = 0; c < channels; ++c) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
       for (int64_t i = 0; i < size(); ++i) sums[i] += term(c * stride + i, i, c * kPixelBlock + i);
     }
   }
@@ -51,7 +51,7 @@ struct RowBlock {
   template <class F>
   void for_each(const F& body) const {
     for (int64_t i = 0; i < size_; ++i) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) body(i * channels + c, i, i * channels + c);
     }
   }
@@ -60,7 +60,7 @@ struct RowBlock {
   void sum(C* __restrict sums, const F& term) const {
     for (int64_t i = 0; i < size_; ++i) {
       C total = 0;
-#pragma omp simd simdlen(kLanes) reduction(+ : total)
+#pragma omp simd reduction(+ : total)
       for (int64_t c = 0; c < channels; ++c) total += term(i * channels + c, i, i * channels + c);
       sums[i] = total;
     }
@@ -77,7 +77,7 @@ struct Norms {
   Norms(const C* squares, int64_t channels, int64_t size, double eps) {
     const C n = static_cast<C>(channels);
     const C e = static_cast<C>(eps);
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       rms[i] = std::sqrt(squares[i] / n);
       s[i] = rms[i] + e;
@@ -138,7 +138,7 @@ void backward(const Block& block, const T* grad_y, const T* grad_silu, const T* 
   }
   C coef[kPixelBlock];
   const C n = static_cast<C>(block.channels);
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < block.size(); ++i) {
     coef[i] = math::normalize_grad_coef(dots[i], norms.inv[i], norms.rms[i], n);
   }

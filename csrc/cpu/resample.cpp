@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kFlat = 1024;
 
-/// y[j] = weight * (sum of the 2 x 2 pixels at 2 * j), `rows` output rows of one image, NCHW. Sums of row pairs go to a flat buffer,
-/// so that sums of column pairs are one long loop however narrow the image.
+/// y[j] = weight * (sum of the 2 x 2 pixels at 2 * j), `rows` output rows of one image, NCHW. Sums of row pairs go to a
+/// flat buffer, so that sums of column pairs are one long loop however narrow the image.
 template <class T>
 void mean_rows(const T* __restrict x, T* __restrict y, int64_t rows, int64_t width, int64_t out_width,
                Compute<T> weight) {
@@ -29,11 +29,11 @@ void mean_rows(const T* __restrict x, T* __restrict y, int64_t rows, int64_t wid
         const T* __restrict top = x + 2 * (row + r) * width + first;
         const T* __restrict bottom = top + width;
         Compute<T>* __restrict sum = flat + r * columns;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
         for (int64_t i = 0; i < columns; ++i) sum[i] = widen(top[i]) + widen(bottom[i]);
       }
       T* __restrict out = y + row * out_width + first / 2;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
       for (int64_t i = 0; i < count * columns / 2; ++i) out[i] = narrow<T>(weight * (flat[2 * i] + flat[2 * i + 1]));
     }
   }
@@ -68,9 +68,10 @@ void mean_pixels(const ResampleParams& p, int64_t item) {
     const T* __restrict below_left = left + p.width * channels;
     const T* __restrict below_right = below_left + channels;
     T* __restrict out = y + j * channels;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      out[c] = narrow<T>(weight * ((widen(left[c]) + widen(right[c])) + (widen(below_left[c]) + widen(below_right[c]))));
+      out[c] =
+          narrow<T>(weight * ((widen(left[c]) + widen(right[c])) + (widen(below_left[c]) + widen(below_right[c]))));
     }
   }
 }
@@ -79,7 +80,7 @@ void mean_pixels(const ResampleParams& p, int64_t item) {
 template <int Width, class T>
 void spread_row(const T* __restrict x, T* __restrict y, int64_t width, Compute<T> weight) {
   const int64_t size = Width > 0 ? Width : width;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const T v = narrow<T>(weight * widen(x[i]));
     y[2 * i] = v;
@@ -116,7 +117,7 @@ void spread_pixels(const ResampleParams& p, int64_t item) {
   for (int64_t i = 0; i < p.width; ++i, x += channels, y += 2 * channels) {
     T* __restrict left = y;
     T* __restrict right = y + channels;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const T v = narrow<T>(weight * widen(x[c]));
       left[c] = v;
@@ -126,9 +127,11 @@ void spread_pixels(const ResampleParams& p, int64_t item) {
   if (p.out_width > 2 * p.width) std::memset(y, 0, static_cast<size_t>(channels) * sizeof(T));
 }
 
-// ---- Any filter: along columns into a padded row, then along the row. Taps: their number if known when compiling, else 0 ----
+// ---- Any filter: along columns into a padded row, then along the row. Taps: their number if known when compiling,
+// else 0 ----
 
-/// Working memory of a call: a row [taps + width + taps, channels], its padding zero, and an output row. NCHW: channels = 1.
+/// Working memory of a call: a row [taps + width + taps, channels], its padding zero, and an output row. NCHW: channels
+/// = 1.
 template <class C>
 struct Rows {
   int64_t channels;
@@ -148,8 +151,8 @@ struct Rows {
   Rows& operator=(const Rows&) = delete;
 };
 
-/// Which input the taps of an output position meet. Down: tap k meets input 2 * out + k - half. Up: tap k = phase, phase + 2, ...
-/// meets input (out + half - k) / 2.
+/// Which input the taps of an output position meet. Down: tap k meets input 2 * out + k - half. Up: tap k = phase,
+/// phase + 2, ... meets input (out + half - k) / 2.
 template <bool Up, int Taps>
 struct Axis {
   const double* filter;
@@ -172,7 +175,7 @@ void filter_columns(const Axis<Up, Taps>& axis, const T* x, int64_t height, int6
     if (index < 0 || index >= height) continue;
     const T* __restrict from = x + index * size;
     const C weight = static_cast<C>(axis.filter[k]);
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) row[i] += weight * widen(from[i]);
   }
 }
@@ -190,12 +193,12 @@ void filter_row(const Axis<Up, 0>& axis, const Rows<Compute<T>>& rows, T* __rest
       const C weight = static_cast<C>(axis.filter[k]);
       for (int64_t o = phase; o < out_width; o += axis.kStep) {
         const C* __restrict from = rows.row + axis.index(o, k) * channels;
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
         for (int64_t c = 0; c < channels; ++c) out[o * channels + c] += weight * from[c];
       }
     }
   }
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(out[i]);
 }
 
@@ -206,21 +209,24 @@ void filter_row(const Axis<Up, Taps>& axis, const Rows<Compute<T>>& rows, T* __r
   const C* __restrict row = rows.row;
   const auto at = [=](int64_t o) {
     C v = 0;
-    for (int64_t k = axis.first(o); k < Taps; k += axis.kStep) v += static_cast<C>(axis.filter[k]) * row[axis.index(o, k)];
+    for (int64_t k = axis.first(o); k < Taps; k += axis.kStep)
+      v += static_cast<C>(axis.filter[k]) * row[axis.index(o, k)];
     return v;
   };
   if constexpr (Up) {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t i = 0; i < out_width / 2; ++i) {
       C even = 0, odd = 0;
-      for (int64_t k = axis.first(0); k < Taps; k += 2) even += static_cast<C>(axis.filter[k]) * row[i + axis.index(0, k)];
-      for (int64_t k = axis.first(1); k < Taps; k += 2) odd += static_cast<C>(axis.filter[k]) * row[i + axis.index(1, k)];
+      for (int64_t k = axis.first(0); k < Taps; k += 2)
+        even += static_cast<C>(axis.filter[k]) * row[i + axis.index(0, k)];
+      for (int64_t k = axis.first(1); k < Taps; k += 2)
+        odd += static_cast<C>(axis.filter[k]) * row[i + axis.index(1, k)];
       y[2 * i] = narrow<T>(even);
       y[2 * i + 1] = narrow<T>(odd);
     }
     if (out_width % 2 != 0) y[out_width - 1] = narrow<T>(at(out_width - 1));
   } else {
-#pragma omp simd simdlen(kLanes)
+#pragma omp simd
     for (int64_t o = 0; o < out_width; ++o) y[o] = narrow<T>(at(o));
   }
 }

@@ -16,15 +16,6 @@ namespace {
 enum class BFloat16 : uint16_t {};
 enum class Float16 : uint16_t {};
 
-/// Floats in a vector register: keeps the compiler from taking twice as many because 16-bit storage would allow it.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
 /// Type computed in: double for double, else float.
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
