@@ -49,6 +49,12 @@ def gain(function: str, value: "Tensor | float") -> None:
         raise TypeError(f"{function}: gain must be a number or a 0-dim tensor, got {type(value).__name__}")
 
 
+def epsilon(function: str, eps: float) -> None:
+    """`eps` is positive."""
+    if not eps > 0:
+        raise ValueError(f"{function}: eps must be positive, got {eps}")
+
+
 def modulation(x: Tensor, c: Tensor) -> None:
     """`x` is [N, C, *], `c` [N, C]."""
     function = "mp_silu_modulated"

@@ -20,9 +20,15 @@ EPS = 1e-4
 SILU_SCALE = 0.596
 
 
+def layer_eps() -> float:
+    """EPS, for use inside an autograd.Function: Dynamo stumbles over a global number there when shapes are dynamic."""
+    return 1e-4
+
+
 def pixel_norm(x: Tensor, eps: float = EPS, *, silu: bool = False) -> "Tensor | tuple[Tensor, Tensor]":
     """Normalise each pixel over its channels to unit magnitude (2.10, Eq. 30): x [N, C, *] -> y, or (y, mp_silu(y))."""
     checks.activation("pixel_norm", "x", x)
+    checks.epsilon("pixel_norm", eps)
     y = _normalize(x, dims=(1,), eps=eps)
     return (y, mp_silu(y)) if silu else y
 
@@ -105,6 +111,7 @@ def _resample_kernel(x: Tensor, taps: list[float], scale: float) -> Tensor:
 def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
     """Bring every row of w [out, in, ...] to unit magnitude per element, i.e. norm sqrt(fan-in) (2.1, Eq. 47)."""
     checks.weight("normalize_weight", "w", w)
+    checks.epsilon("normalize_weight", eps)
     return _normalize(w, dims=tuple(range(1, w.dim())), eps=eps)
 
 
@@ -141,6 +148,7 @@ def force_normalize_(w: "Tensor | Sequence[Tensor]", eps: float = EPS) -> None:
     """Overwrite a weight, or each of a list, by its normalize_weight, outside autograd (2.6 step 2, Eq. 66)."""
     for weight in [w] if isinstance(w, Tensor) else w:
         checks.weight("force_normalize_", "w", weight)
+        checks.epsilon("force_normalize_", eps)
         weight.copy_(normalize_weight(weight, eps))
 
 
@@ -225,9 +233,10 @@ def accumulate_snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | 
             dtype=torch.float32,
             device=inputs[0].device,
         )
-    for x, row in zip(inputs, coefs.tolist(), strict=True):
-        for total, coef in zip(out, row, strict=True):
-            total.add_(x.float(), alpha=coef)
+    coefs = coefs.to(out)
+    for n, x in enumerate(inputs):
+        for m, total in enumerate(out.unbind()):
+            total.addcmul_(x.float(), coefs[n, m])
     return out
 
 
@@ -247,6 +256,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """x / (eps + rms over dims): the norm in float32 or wider, the division in x's dtype (2.1)."""
-    count = math.prod(x.shape[dim] for dim in dims)
+    count = math.prod([x.shape[dim] for dim in dims])
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=_compute_dtype(x))
     return x / (eps + norm * math.sqrt(1 / max(count, 1))).to(x.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from edm2ext import backend, checks, reference
-from edm2ext.reference import EPS, memory_format, product_dtype
+from edm2ext.reference import layer_eps, memory_format, product_dtype
 
 _qkv_norm = backend.op("qkv_norm")
 _qkv_norm_backward = backend.op("qkv_norm_backward")
@@ -48,12 +48,12 @@ class _CosineAttention(torch.autograd.Function):
             function = lambda qkv: reference.cosine_attention(qkv, heads).to(grad.dtype)  # noqa: E731
             return *backend.reference_vjp(function, (qkv,), (True,), (grad,)), None, None
         grads = _attend_backward(grad, q, k, v, saved)
-        return _qkv_norm_backward(*(g.to(qkv.dtype) for g in grads), qkv, heads, EPS), None, None
+        return _qkv_norm_backward(*(g.to(qkv.dtype) for g in grads), qkv, heads, layer_eps()), None, None
 
 
 def _normalized(qkv: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, each [N, heads, pixels, d], in the dtype of the products."""
-    q, k, v = _qkv_norm(qkv, num_heads, EPS)
+    q, k, v = _qkv_norm(qkv, num_heads, layer_eps())
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

@@ -24,7 +24,7 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5, *, silu: bool = False) -> "Tens
     """
     a, b = checks.promoted("mp_cat", a, b)
     checks.cat_arguments(a, b, t)
-    if not backend.native(a, _KERNELS):
+    if not backend.native(a, _KERNELS) or (a is b and torch.compiler.is_compiling()):  # Dynamo refuses a tensor twice
         return reference.mp_cat(a, b, t, silu=silu)
     if (a.requires_grad or b.requires_grad) and torch.is_grad_enabled():
         return _MPCatSiLU.apply(a, b, t) if silu else _MPCat.apply(a, b, t)

@@ -22,7 +22,7 @@ def mp_sum(a: Tensor, b: Tensor, t: float = 0.5, clip: float | None = None) -> T
     """
     a, b = checks.promoted("mp_sum", a, b)
     checks.sum_arguments(a, b, t, clip)
-    if not backend.native(a, _KERNELS):
+    if not backend.native(a, _KERNELS) or (a is b and torch.compiler.is_compiling()):  # Dynamo refuses a tensor twice
         return reference.mp_sum(a, b, t, clip)
     limit = math.inf if clip is None else clip
     if (a.requires_grad or b.requires_grad) and torch.is_grad_enabled():

@@ -31,6 +31,7 @@ def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
     Raises ValueError or TypeError if w has fewer than two dimensions or is not floating-point.
     """
     checks.weight("normalize_weight", "w", w)
+    checks.epsilon("normalize_weight", eps)
     if not backend.native(w, _NORMALIZE_KERNELS):
         return reference.normalize_weight(w, eps)
     if w.requires_grad and torch.is_grad_enabled():
@@ -91,7 +92,13 @@ def force_normalize_(w: "Tensor | Sequence[Tensor]", eps: float = EPS) -> None:
     weights = [w] if isinstance(w, Tensor) else list(w)
     for weight in weights:
         checks.weight("force_normalize_", "w", weight)
+    checks.epsilon("force_normalize_", eps)
     with torch.no_grad():
+        if torch.compiler.is_compiling():
+            # Inductor (2.13) hands a mutating op a copy of a convolution's weight and drops what it writes there.
+            for weight in weights:
+                weight.copy_(normalize_weight(weight, eps))
+            return
         for group in backend.by_dtype_and_device(weights):
             dense = [weight for weight in group if backend.is_dense(weight)]
             if not backend.native(group[0], _FORCE_KERNELS) or len(dense) < len(group):
@@ -106,7 +113,8 @@ def _effective_weight_list(pairs: list[tuple[Tensor, Tensor | float]], dtype: to
         checks.weight("effective_weight", "w", w)
         checks.gain("effective_weight", gain)
     weights = [w for w, _ in pairs]
-    if len(backend.by_dtype_and_device(weights)) != 1 or not _native_to(weights[0], dtype, _LIST_KERNELS):
+    one_call = len(backend.by_dtype_and_device(weights)) == 1 and _native_to(weights[0], dtype, _LIST_KERNELS)
+    if not one_call or torch.compiler.is_compiling():  # Dynamo refuses a gain that occurs twice in the list
         return [unchecked_effective_weight(w, gain, w.dtype if dtype is None else dtype) for w, gain in pairs]
     like = weights[0]
     numbers = {gain: torch.tensor(float(gain), device=like.device) for _, gain in pairs if not isinstance(gain, Tensor)}
@@ -140,7 +148,7 @@ class _EffectiveWeight(torch.autograd.Function):
         ctx.save_for_backward(w, gain)
         ctx.scale = scale
         ctx.dtype = dtype
-        return _effective_weight(w, gain, scale, EPS, dtype)
+        return _effective_weight(w, gain, scale, reference.layer_eps(), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,7 +159,7 @@ class _EffectiveWeight(torch.autograd.Function):
                 return *backend.reference_vjp(function, (w,), (True,), (grad,)), None, None, None
             function = lambda w, gain: reference.effective_weight(w, gain, ctx.dtype)  # noqa: E731
             return *backend.reference_vjp(function, (w, gain), ctx.needs_input_grad[:2], (grad,)), None, None
-        grad_w, grad_gain = _effective_weight_backward(grad, w, gain, ctx.scale, EPS)
+        grad_w, grad_gain = _effective_weight_backward(grad, w, gain, ctx.scale, reference.layer_eps())
         return grad_w, None if gain is None else grad_gain.to(gain.dtype), None, None
 
 

@@ -19,9 +19,10 @@ def pixel_norm(x: Tensor, eps: float = reference.EPS, *, silu: bool = False) -> 
     """Normalise each pixel of x [N, C, *] over its channels: y = x / (eps + rms) (2.10, Eq. 30).
 
     Returns y, or with `silu` the pair (y, mp_silu(y)) from one pass. Raises ValueError or TypeError if x has fewer than
-    two dimensions or is not floating-point.
+    two dimensions or is not floating-point, or eps is not positive.
     """
     checks.activation("pixel_norm", "x", x)
+    checks.epsilon("pixel_norm", eps)
     if not backend.native(x, _KERNELS):
         return reference.pixel_norm(x, eps, silu=silu)
     if x.requires_grad and torch.is_grad_enabled():

@@ -149,6 +149,9 @@ def test_bad_input(backend: str) -> None:
             function(torch.randn(3))
         with pytest.raises(ValueError, match=f"{function.__name__}: w must have a fan-in of at least 1"):
             function(torch.randn(3, 0))
+    for function in (ops.normalize_weight, ops.force_normalize_):
+        with pytest.raises(ValueError, match=f"{function.__name__}: eps must be positive, got -1"):
+            function(torch.randn(3, 4), eps=-1)
     with pytest.raises(ValueError, match="force_normalize_: w must be"):
         ops.force_normalize_([good, torch.randn(3)])
     assert torch.equal(good, before)

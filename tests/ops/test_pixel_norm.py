@@ -57,3 +57,8 @@ def test_fp16_on_the_cpu_is_the_reference(backend: str) -> None:
 def test_bad_input(backend: str, x: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ops.pixel_norm(x)
+
+
+def test_bad_eps(backend: str) -> None:
+    with pytest.raises(ValueError, match="pixel_norm: eps must be positive, got 0"):
+        ops.pixel_norm(torch.randn(2, 3), eps=0)
