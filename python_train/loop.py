@@ -170,10 +170,11 @@ class Trainer:
     def _sanitize_gradients(self) -> None:
         """Replace NaN and infinite gradient elements by 0 and remember where they were first seen (spec 4.2)."""
         grads = [param.grad for param in self.params]
-        finite = torch.stack(torch._foreach_norm(grads, ord=math.inf)).isfinite()
-        if finite.all():
+        if torch.stack(torch._foreach_norm(grads)).isfinite().all():  # one fast pass; huge values may overflow it
             return
-        index = int(finite.logical_not().nonzero()[0])
+        index = next((i for i, grad in enumerate(grads) if not grad.isfinite().all()), None)
+        if index is None:
+            return
         self.nonfinite_steps += 1
         if self.nonfinite_first is None:
             count = int(grads[index].isfinite().logical_not().sum())

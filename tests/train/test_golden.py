@@ -107,7 +107,8 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_evaluation(golden: Golden, backend: str, memory_format: torch.memory_format) -> None:
-    net = golden.network().to(memory_format=memory_format).eval().requires_grad_(False)
+    net = golden.network().eval().requires_grad_(False)
+    net.memory_format = memory_format
     D, logvar = net(golden["eval.x"], golden["eval.sigma"], golden.get("eval.labels"), return_logvar=True)
     assert D.dtype == logvar.dtype == torch.float32
     assert error(D, golden["eval.D"]) <= FORWARD
@@ -121,7 +122,8 @@ def test_evaluation(golden: Golden, backend: str, memory_format: torch.memory_fo
 def test_gradients(golden: Golden, backend: str, memory_format: torch.memory_format) -> None:
     """Layer by layer, as anyone's model would use them: forced normalisation in the forward, autograd's gradients."""
     trainer = golden.trainer()
-    net = trainer.net.to(memory_format=memory_format)
+    net = trainer.net
+    net.memory_format = memory_format
     loss = Replay(golden, trainer)(net, golden["step0.images"], golden.get("step0.labels"))
     assert error(loss, golden["step0.loss_map"]) <= FORWARD
     (loss.sum() / golden.meta["batch"]).backward()

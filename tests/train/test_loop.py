@@ -163,6 +163,13 @@ def test_nonfinite_gradients(force_finite: bool) -> None:
     assert again.nonfinite_first == t.nonfinite_first
 
 
+def test_huge_gradients_are_finite() -> None:
+    t = trainer()
+    t.net.unet.out_conv.weight.register_hook(lambda grad: torch.full_like(grad, 1e30))
+    t.step(random_batches(64))
+    assert t.nonfinite_steps == 0
+
+
 def test_mean_loss_ignores_nonfinite_samples() -> None:
     t = trainer()
     assert math.isnan(t.mean_loss())
