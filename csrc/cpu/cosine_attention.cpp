@@ -4,140 +4,257 @@
 
 #include "kernels.h"
 #include "storage.h"
+#include "transpose.h"
 
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
 constexpr int64_t kBlock = kQKVPixelBlock;
 
-/// The part of qkv one item handles: one head, a block of pixels. Element (i, j) of pixel p, i in the head, j of q, k,
-/// v, lies at offset + (3 * i + j) * channel_stride + p * pixel_stride; element i of pixel p of each output at out + p
-/// * head_dim + i.
-struct Item {
-  int64_t offset;
+/// One head of a block of pixels. Element i of q, k, v (j = 0, 1, 2) of pixel p lies in qkv at
+/// qkv + (3 * i + j) * channel_stride + p * pixel_stride, and in each of q, k, v at out + p * head_dim + i.
+struct Block {
+  int64_t qkv;
+  int64_t out;
   int64_t channel_stride;
   int64_t pixel_stride;
-  int64_t out;
-  int64_t size;  // pixels
+  int64_t size;
+  int64_t head_dim;
 };
 
-Item item_of(const Activation& shape, int64_t heads, int64_t head_dim, int64_t number) {
+template <class F>
+EDM2_FORMULA void for_blocks(const Activation& shape, int64_t heads, int64_t head_dim, int64_t begin, int64_t end,
+                             const F& f) {
   const int64_t blocks = (shape.pixels + kBlock - 1) / kBlock;
-  const int64_t pixel = number % blocks * kBlock;
-  const int64_t head = number / blocks % heads;
-  const int64_t sample = number / blocks / heads;
-  const int64_t channel = head * 3 * head_dim;
-  Item item;
-  item.channel_stride = shape.channels_last ? 1 : shape.pixels;
-  item.pixel_stride = shape.channels_last ? shape.channels : 1;
-  item.offset = sample * shape.channels * shape.pixels + channel * item.channel_stride + pixel * item.pixel_stride;
-  item.out = ((sample * heads + head) * shape.pixels + pixel) * head_dim;
-  item.size = min(kBlock, shape.pixels - pixel);
-  return item;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t pixel = item % blocks * kBlock;
+    const int64_t head = item / blocks % heads;
+    const int64_t sample = item / blocks / heads;
+    Block b;
+    b.channel_stride = shape.channels_last ? 1 : shape.pixels;
+    b.pixel_stride = shape.channels_last ? shape.channels : 1;
+    b.qkv = sample * shape.channels * shape.pixels + head * 3 * head_dim * b.channel_stride + pixel * b.pixel_stride;
+    b.out = ((sample * heads + head) * shape.pixels + pixel) * head_dim;
+    b.size = min(kBlock, shape.pixels - pixel);
+    b.head_dim = head_dim;
+    f(b);
+  }
 }
 
-/// 1 / (eps + rms) of each vector of q, k, v, and rms.
+/// For each pixel of a block: the rms of its vector, 1 / (eps + rms), and the coefficient of x in the gradient.
 template <class C>
 struct Norms {
-  C rms[3][kBlock];
-  C inv[3][kBlock];
+  C rms[kBlock];
+  C inv[kBlock];
+  C coef[kBlock];
 
-  void set(const C (&squares)[3][kBlock], int64_t head_dim, double eps) {
-    for (int64_t j = 0; j < 3; ++j) {
+  void from_squares(const C* squares, const Block& b, double eps) {
+    const C n = static_cast<C>(b.head_dim);
+    const C e = static_cast<C>(eps);
 #pragma omp simd
-      for (int64_t p = 0; p < kBlock; ++p) {
-        rms[j][p] = std::sqrt(squares[j][p] / static_cast<C>(head_dim));
-        inv[j][p] = C(1) / (rms[j][p] + static_cast<C>(eps));
-      }
+    for (int64_t p = 0; p < b.size; ++p) {
+      rms[p] = std::sqrt(squares[p] / n);
+      inv[p] = C(1) / (rms[p] + e);
     }
+  }
+
+  void from_dots(const C* dots, const Block& b) {
+    const C n = static_cast<C>(b.head_dim);
+#pragma omp simd
+    for (int64_t p = 0; p < b.size; ++p) coef[p] = math::normalize_grad_coef(dots[p], inv[p], rms[p], n);
   }
 };
 
-/// The block as squares of its vectors' norms.
-template <class T, class C>
-void sum_squares(const T* __restrict x, const Item& item, int64_t head_dim, C (&squares)[3][kBlock]) {
-  for (auto& row : squares) {
-    for (C& v : row) v = 0;
-  }
-  if (item.pixel_stride == 1) {
-    for (int64_t i = 0; i < head_dim; ++i) {
-      for (int64_t j = 0; j < 3; ++j) {
-        const T* __restrict row = x + item.offset + (3 * i + j) * item.channel_stride;
+// ---- NCHW: vectorised over pixels; q, k and v pass through a transposed tile [head_dim, kBlock] ----
+
+template <class T>
+void planes_norm(const T* __restrict x, const Block& b, double eps, Norms<Compute<T>>& norms) {
+  Compute<T> squares[kBlock] = {};
+  for (int64_t i = 0; i < b.head_dim; ++i) {
+    const T* __restrict row = x + 3 * i * b.channel_stride;
 #pragma omp simd
-        for (int64_t p = 0; p < item.size; ++p) squares[j][p] += widen(row[p]) * widen(row[p]);
-      }
-    }
+    for (int64_t p = 0; p < b.size; ++p) squares[p] += widen(row[p]) * widen(row[p]);
+  }
+  norms.from_squares(squares, b, eps);
+}
+
+/// x is q, k or v of the block; scratch holds two tiles.
+template <class T>
+void planes_forward(const T* __restrict x, T* __restrict out, const Block& b, double eps,
+                    Compute<T>* __restrict scratch) {
+  using C = Compute<T>;
+  Norms<C> norms;
+  planes_norm(x, b, eps, norms);
+  C* __restrict tile = scratch;
+  for (int64_t i = 0; i < b.head_dim; ++i) {
+    const T* __restrict row = x + 3 * i * b.channel_stride;
+#pragma omp simd
+    for (int64_t p = 0; p < b.size; ++p) tile[i * kBlock + p] = widen(row[p]) * norms.inv[p];
+  }
+  if constexpr (std::is_same_v<T, C>) {
+    transpose(tile, kBlock, out, b.head_dim, b.head_dim, b.size);
   } else {
-    for (int64_t p = 0; p < item.size; ++p) {
-      const T* __restrict row = x + item.offset + p * item.pixel_stride;
-      C q = 0, k = 0, v = 0;
-#pragma omp simd reduction(+ : q, k, v)
-      for (int64_t i = 0; i < head_dim; ++i) {
-        q += widen(row[3 * i]) * widen(row[3 * i]);
-        k += widen(row[3 * i + 1]) * widen(row[3 * i + 1]);
-        v += widen(row[3 * i + 2]) * widen(row[3 * i + 2]);
-      }
-      squares[0][p] = q;
-      squares[1][p] = k;
-      squares[2][p] = v;
+    C* __restrict rows = scratch + b.head_dim * kBlock;
+    transpose(tile, kBlock, rows, b.head_dim, b.head_dim, b.size);
+#pragma omp simd
+    for (int64_t k = 0; k < b.size * b.head_dim; ++k) out[k] = narrow<T>(rows[k]);
+  }
+}
+
+template <class T>
+void planes_backward(const T* __restrict grad, const T* __restrict x, T* __restrict grad_x, const Block& b, double eps,
+                     Compute<T>* __restrict scratch) {
+  using C = Compute<T>;
+  Norms<C> norms;
+  planes_norm(x, b, eps, norms);
+  C* __restrict tile = scratch;
+  if constexpr (std::is_same_v<T, C>) {
+    transpose(grad, b.head_dim, tile, kBlock, b.size, b.head_dim);
+  } else {
+    C* __restrict rows = scratch + b.head_dim * kBlock;
+#pragma omp simd
+    for (int64_t k = 0; k < b.size * b.head_dim; ++k) rows[k] = widen(grad[k]);
+    transpose(rows, b.head_dim, tile, kBlock, b.size, b.head_dim);
+  }
+  C dots[kBlock] = {};
+  for (int64_t i = 0; i < b.head_dim; ++i) {
+    const T* __restrict row = x + 3 * i * b.channel_stride;
+#pragma omp simd
+    for (int64_t p = 0; p < b.size; ++p) dots[p] += tile[i * kBlock + p] * widen(row[p]);
+  }
+  norms.from_dots(dots, b);
+  for (int64_t i = 0; i < b.head_dim; ++i) {
+    const T* __restrict row = x + 3 * i * b.channel_stride;
+    T* __restrict out = grad_x + 3 * i * b.channel_stride;
+#pragma omp simd
+    for (int64_t p = 0; p < b.size; ++p) {
+      out[p] = narrow<T>(tile[i * kBlock + p] * norms.inv[p] - widen(row[p]) * norms.coef[p]);
     }
   }
 }
+
+// ---- NHWC: vectorised over the channels of a pixel, q, k and v side by side ----
+
+template <class T>
+void pixels_norm(const T* __restrict x, const Block& b, double eps, Norms<Compute<T>> (&norms)[3]) {
+  using C = Compute<T>;
+  C squares[3][kBlock];
+  for (int64_t p = 0; p < b.size; ++p) {
+    const T* __restrict row = x + p * b.pixel_stride;
+    C q = 0, k = 0, v = 0;
+#pragma omp simd reduction(+ : q, k, v)
+    for (int64_t i = 0; i < b.head_dim; ++i) {
+      q += widen(row[3 * i]) * widen(row[3 * i]);
+      k += widen(row[3 * i + 1]) * widen(row[3 * i + 1]);
+      v += widen(row[3 * i + 2]) * widen(row[3 * i + 2]);
+    }
+    squares[0][p] = q;
+    squares[1][p] = k;
+    squares[2][p] = v;
+  }
+  for (int j = 0; j < 3; ++j) norms[j].from_squares(squares[j], b, eps);
+}
+
+template <class T>
+void pixels_forward(const T* __restrict x, T* __restrict q, T* __restrict k, T* __restrict v, const Block& b,
+                    double eps) {
+  using C = Compute<T>;
+  Norms<C> norms[3];
+  pixels_norm(x, b, eps, norms);
+  for (int64_t p = 0; p < b.size; ++p) {
+    const T* __restrict row = x + p * b.pixel_stride;
+    const int64_t at = p * b.head_dim;
+    const C inv_q = norms[0].inv[p], inv_k = norms[1].inv[p], inv_v = norms[2].inv[p];
+#pragma omp simd
+    for (int64_t i = 0; i < b.head_dim; ++i) {
+      q[at + i] = narrow<T>(widen(row[3 * i]) * inv_q);
+      k[at + i] = narrow<T>(widen(row[3 * i + 1]) * inv_k);
+      v[at + i] = narrow<T>(widen(row[3 * i + 2]) * inv_v);
+    }
+  }
+}
+
+template <class T>
+void pixels_backward(const T* __restrict grad_q, const T* __restrict grad_k, const T* __restrict grad_v,
+                     const T* __restrict x, T* __restrict grad_x, const Block& b, double eps) {
+  using C = Compute<T>;
+  Norms<C> norms[3];
+  pixels_norm(x, b, eps, norms);
+  C dots[3][kBlock];
+  for (int64_t p = 0; p < b.size; ++p) {
+    const T* __restrict row = x + p * b.pixel_stride;
+    const int64_t at = p * b.head_dim;
+    C q = 0, k = 0, v = 0;
+#pragma omp simd reduction(+ : q, k, v)
+    for (int64_t i = 0; i < b.head_dim; ++i) {
+      q += widen(grad_q[at + i]) * widen(row[3 * i]);
+      k += widen(grad_k[at + i]) * widen(row[3 * i + 1]);
+      v += widen(grad_v[at + i]) * widen(row[3 * i + 2]);
+    }
+    dots[0][p] = q;
+    dots[1][p] = k;
+    dots[2][p] = v;
+  }
+  for (int j = 0; j < 3; ++j) norms[j].from_dots(dots[j], b);
+  for (int64_t p = 0; p < b.size; ++p) {
+    const T* __restrict row = x + p * b.pixel_stride;
+    T* __restrict out = grad_x + p * b.pixel_stride;
+    const int64_t at = p * b.head_dim;
+    const C inv_q = norms[0].inv[p], inv_k = norms[1].inv[p], inv_v = norms[2].inv[p];
+    const C coef_q = norms[0].coef[p], coef_k = norms[1].coef[p], coef_v = norms[2].coef[p];
+#pragma omp simd
+    for (int64_t i = 0; i < b.head_dim; ++i) {
+      out[3 * i] = narrow<T>(widen(grad_q[at + i]) * inv_q - widen(row[3 * i]) * coef_q);
+      out[3 * i + 1] = narrow<T>(widen(grad_k[at + i]) * inv_k - widen(row[3 * i + 1]) * coef_k);
+      out[3 * i + 2] = narrow<T>(widen(grad_v[at + i]) * inv_v - widen(row[3 * i + 2]) * coef_v);
+    }
+  }
+}
+
+/// Two tiles.
+template <class C>
+struct Scratch {
+  C* data;
+  explicit Scratch(int64_t head_dim)
+      : data(static_cast<C*>(std::malloc(static_cast<size_t>(2 * head_dim * kBlock) * sizeof(C)))) {}
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
 
 }  // namespace
 
 void qkv_norm(const QKVNormParams& p, int64_t begin, int64_t end) {
-  const int64_t d = p.head_dim;
   with_type(p.dtype, [&]<class T>(T) {
-    using C = Compute<T>;
-    C squares[3][kBlock];
-    Norms<C> norms;
-    for (int64_t number = begin; number < end; ++number) {
-      const Item item = item_of(p.shape, p.heads, d, number);
-      const T* __restrict x = as<T>(p.qkv) + item.offset;
-      sum_squares(as<T>(p.qkv), item, d, squares);
-      norms.set(squares, d, p.eps);
-      T* const outs[3] = {as<T>(p.q) + item.out, as<T>(p.k) + item.out, as<T>(p.v) + item.out};
-      for (int64_t j = 0; j < 3; ++j) {
-        for (int64_t l = 0; l < item.size; ++l) {
-          const C inv = norms.inv[j][l];
-          const T* __restrict from = x + j * item.channel_stride + l * item.pixel_stride;
-          T* __restrict out = outs[j] + l * d;
-          for (int64_t i = 0; i < d; ++i) out[i] = narrow<T>(widen(from[3 * i * item.channel_stride]) * inv);
-        }
+    const Scratch<Compute<T>> scratch(p.head_dim);
+    for_blocks(p.shape, p.heads, p.head_dim, begin, end, [&](const Block& b) {
+      const T* x = as<T>(p.qkv) + b.qkv;
+      T* const out[3] = {as<T>(p.q) + b.out, as<T>(p.k) + b.out, as<T>(p.v) + b.out};
+      if (p.shape.channels_last) {
+        pixels_forward(x, out[0], out[1], out[2], b, p.eps);
+      } else {
+        for (int j = 0; j < 3; ++j) planes_forward(x + j * b.channel_stride, out[j], b, p.eps, scratch.data);
       }
-    }
+    });
   });
 }
 
 void qkv_norm_backward(const QKVNormBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t d = p.head_dim;
   with_type(p.dtype, [&]<class T>(T) {
-    using C = Compute<T>;
-    C squares[3][kBlock];
-    Norms<C> norms;
-    for (int64_t number = begin; number < end; ++number) {
-      const Item item = item_of(p.shape, p.heads, d, number);
-      const T* __restrict x = as<T>(p.qkv) + item.offset;
-      T* __restrict grad_x = as<T>(p.grad_qkv) + item.offset;
-      sum_squares(as<T>(p.qkv), item, d, squares);
-      norms.set(squares, d, p.eps);
-      const T* const grads[3] = {as<T>(p.grad_q) + item.out, as<T>(p.grad_k) + item.out, as<T>(p.grad_v) + item.out};
-      for (int64_t j = 0; j < 3; ++j) {
-        for (int64_t l = 0; l < item.size; ++l) {
-          const int64_t at = j * item.channel_stride + l * item.pixel_stride;
-          const int64_t stride = 3 * item.channel_stride;
-          const T* __restrict grad = grads[j] + l * d;
-          C dot = 0;
-          for (int64_t i = 0; i < d; ++i) dot += widen(grad[i]) * widen(x[at + i * stride]);
-          const C inv = norms.inv[j][l];
-          const C coef = math::normalize_grad_coef(dot, inv, norms.rms[j][l], static_cast<C>(d));
-          for (int64_t i = 0; i < d; ++i) {
-            grad_x[at + i * stride] = narrow<T>(widen(grad[i]) * inv - widen(x[at + i * stride]) * coef);
-          }
+    const Scratch<Compute<T>> scratch(p.head_dim);
+    for_blocks(p.shape, p.heads, p.head_dim, begin, end, [&](const Block& b) {
+      const T* x = as<T>(p.qkv) + b.qkv;
+      T* grad_x = as<T>(p.grad_qkv) + b.qkv;
+      const T* const grad[3] = {as<T>(p.grad_q) + b.out, as<T>(p.grad_k) + b.out, as<T>(p.grad_v) + b.out};
+      if (p.shape.channels_last) {
+        pixels_backward(grad[0], grad[1], grad[2], x, grad_x, b, p.eps);
+      } else {
+        for (int j = 0; j < 3; ++j) {
+          const int64_t shift = j * b.channel_stride;
+          planes_backward(grad[j], x + shift, grad_x + shift, b, p.eps, scratch.data);
         }
       }
-    }
+    });
   });
 }
 
