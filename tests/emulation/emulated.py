@@ -16,6 +16,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+_TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # edm2::DType, those with kernels
 
 # Thread order, block order, seed: each hides other races.
@@ -26,12 +27,20 @@ _BLOCK_ORDERS = ["forward", "reverse", "interleaved"]
 # AddressSanitizer must be in the process before anything else: a test runs such libraries in a process of their own.
 SANITIZED = bool(os.environ.get("EDM2EXT_EMULATION_SANITIZED"))
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing"]
+# Libraries with the same templates live in one process: without -fno-gnu-unique they would share their shared memory.
+_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
 _FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+_INCLUDED = {".h", ".cuh", ".cu"}
 
 
 class KernelFault(Exception):
     """The emulator found a fault, or a launch was refused."""
+
+
+def _compiler() -> list[str]:
+    return [shutil.which("g++") or "g++", *_FLAGS, *(_SANITIZERS if SANITIZED else [])]
 
 
 def _compile(command: list[str], sources: Sequence[Path], name: str, suffix: str) -> Path:
@@ -48,20 +57,30 @@ def _compile(command: list[str], sources: Sequence[Path], name: str, suffix: str
     return target
 
 
-def _headers(root: Path) -> list[Path]:
-    folders = [HERE, HERE / "include", root / "csrc" / "cuda", root / "csrc" / "include" / "edm2"]
-    return sorted(file for folder in folders for file in folder.iterdir() if file.suffix in {".h", ".cuh", ".cu"})
+def _object(name: str, root: Path) -> Path:
+    """Compiles tests/emulation/<name>.cpp, which includes kernels of `root`/csrc."""
+    folders = [HERE, HERE / "include", *(root / "csrc" / part for part in ("cuda", "torch", "include/edm2"))]
+    sources = [
+        HERE / f"{name}.cpp",
+        *(f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in _INCLUDED),
+    ]
+    if name == "emulator":
+        sources = [HERE / f"emulator{suffix}" for suffix in (".cpp", ".h")] + [HERE / "fiber.h"]
+    command = [*_compiler(), "-c", str(HERE / f"{name}.cpp")]
+    command += [f"-I{folder}" for folder in (HERE, HERE / "include", root / "csrc", root / "csrc" / "include")]
+    if name == "bindings":
+        sources += sorted((root / "csrc" / "torch").glob("*.cpp"))
+        command += ["-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command += ["-isystem", str(_TORCH / "include")]
+    return _compile(command, sources, name, ".o")
 
 
-def build(name: str, root: Path = ROOT) -> Path:
-    """Compiles tests/emulation/<name>.cpp with the kernels of `root`/csrc into a shared library, once."""
-    flags = [shutil.which("g++") or "g++", *_FLAGS, *(_SANITIZERS if SANITIZED else [])]
-    emulator = [HERE / "emulator.cpp", HERE / "emulator.h", HERE / "fiber.h"]
-    obj = _compile([*flags, "-c", str(emulator[0])], emulator, "emulator", ".o")
-    source = HERE / f"{name}.cpp"
-    include = [f"-I{folder}" for folder in (HERE / "include", root / "csrc", root / "csrc" / "include")]
-    command = [*flags, *include, "-shared", "-Wl,-Bsymbolic", str(source), str(obj)]
-    return _compile(command, [source, *_headers(root)], name, ".so")
+def build(*names: str, root: Path = ROOT) -> Path:
+    """Links the named tests/emulation/<name>.cpp, compiled with the kernels of `root`/csrc, with the emulator, once."""
+    objects = [_object(name, root) for name in (*names, "emulator")]
+    libraries = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu"] if "bindings" in names else []
+    command = [*_compiler(), "-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries]
+    return _compile(command, objects, names[0], ".so")
 
 
 class Library:
@@ -119,7 +138,7 @@ def _argument(value: object) -> object:
 @functools.cache
 def load(name: str, root: Path = ROOT) -> Library:
     """The library for tests/emulation/<name>.cpp."""
-    return Library(build(name, root))
+    return Library(build(name, root=root))
 
 
 # ---- tensors as the kernels get them ----
@@ -160,7 +179,7 @@ def from_memory(flat: Tensor, shape: Sequence[int], channels_last: bool) -> Tens
 
 def random_tensor(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.5) -> Tensor:
     """Normally distributed values."""
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 # ---- comparison ----

@@ -1,0 +1,183 @@
+"""The CUDA half of the torch layer, registered for CPU tensors on emulated kernels: layouts, gradients, errors."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from torch import Tensor
+
+from edm2ext import reference
+
+EPS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def ops() -> SimpleNamespace:
+    """torch.ops.edm2_emulated. Loaded once per process: a library cannot be registered twice."""
+    torch.ops.load_library(emulated.build("bindings", "pixel_norm", "mp_silu", "ema_update"))
+    return torch.ops.edm2_emulated
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()])
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": _channels_last,
+    "strided": _strided,
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape),
+}
+SHAPES = [(2, 24, 3, 5), (2, 3, 2, 4, 3), (3, 16, 1, 1), (0, 4, 2, 2)]
+
+
+def check(
+    op: Callable[..., object],
+    backward: Callable[..., object],
+    plain: Callable[..., object],
+    inputs: list[Tensor],
+    layout: str,
+    grad_layout: str,
+) -> None:
+    """Outputs and gradients of an op against autograd through plain torch in float64."""
+    x = LAYOUTS[layout](inputs[0])
+    leaves = [t.detach().double().requires_grad_() for t in inputs]
+    expected = plain(*leaves)
+    expected = [expected] if isinstance(expected, Tensor) else list(expected)
+    outputs = op(x, *inputs[1:])
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    kept = reference.memory_format(x)
+    for out, truth in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(out.double(), truth.detach(), rtol=1e-4, atol=1e-5)
+        assert out.is_contiguous(memory_format=kept)
+    if grad_layout == "expanded":
+        grads = [torch.full((1,) * x.dim(), 0.5 + i).expand(x.shape) for i in range(len(outputs))]
+    else:
+        grads = [LAYOUTS[grad_layout](emulated.random_tensor(*x.shape, dtype=x.dtype)) for _ in outputs]
+    found = backward(*grads, x, *inputs[1:])
+    found = [found] if isinstance(found, Tensor) else list(found)
+    truths = torch.autograd.grad(expected, leaves, [g.double() for g in grads])
+    for grad, truth in zip(found, truths, strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
+    assert found[0].is_contiguous(memory_format=kept)
+
+
+LAYOUT_PAIRS = [(layout, "expanded") for layout in LAYOUTS] + [
+    ("channels_last", "contiguous"),
+    ("contiguous", "channels_last"),
+    ("contiguous", "strided"),
+]
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pixel_norm(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    x = emulated.random_tensor(*shape, dtype=torch.float32)
+    check(
+        lambda x: ops.pixel_norm(x, EPS),
+        lambda g, x: ops.pixel_norm_backward(g, x, EPS),
+        lambda x: reference.pixel_norm(x, EPS),
+        [x],
+        layout,
+        grad_layout,
+    )
+    check(
+        lambda x: ops.pixel_norm_silu(x, EPS),
+        lambda g, s, x: ops.pixel_norm_silu_backward(g, s, x, EPS),
+        lambda x: reference.pixel_norm(x, EPS, silu=True),
+        [x],
+        layout,
+        grad_layout,
+    )
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mp_silu(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    x = emulated.random_tensor(*shape, dtype=torch.float32)
+    check(ops.mp_silu, ops.mp_silu_backward, reference.mp_silu, [x], layout, grad_layout)
+    for c in (torch.randn(shape[1], shape[0]).t(), torch.full((1, 1), 0.7).expand(shape[:2])):
+        modulated = [x, c]
+        check(
+            ops.mp_silu_modulated,
+            ops.mp_silu_modulated_backward,
+            reference.mp_silu_modulated,
+            modulated,
+            layout,
+            grad_layout,
+        )
+
+
+def test_modulated_backward_over_several_chunks(ops: SimpleNamespace):
+    x = emulated.random_tensor(2, 8, 65, 65, dtype=torch.float32)
+    for layout in ("contiguous", "channels_last"):
+        inputs = [x, emulated.random_tensor(2, 8, dtype=torch.float32, seed=1)]
+        check(
+            ops.mp_silu_modulated, ops.mp_silu_modulated_backward, reference.mp_silu_modulated, inputs, layout, layout
+        )
+
+
+def test_modulated_without_pixels(ops: SimpleNamespace):
+    x, c = torch.ones(2, 3, 0), torch.ones(2, 3)
+    assert ops.mp_silu_modulated(x, c).shape == x.shape
+    assert torch.equal(ops.mp_silu_modulated_backward(x, x, c)[1], torch.zeros(2, 3))
+
+
+def test_two_dimensions(ops: SimpleNamespace):
+    x = emulated.random_tensor(5, 24, dtype=torch.float16)
+    torch.testing.assert_close(ops.pixel_norm(x, EPS), reference.pixel_norm(x, EPS), rtol=2e-3, atol=1e-3)
+
+
+def test_ema_update(ops: SimpleNamespace):
+    shapes = [(4, 3, 3, 3), (), (5,), (0,)]
+    params = [emulated.random_tensor(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate(shapes)]
+    params[0] = _channels_last(params[0])
+    emas = [[emulated.random_tensor(*p.shape, dtype=torch.float32, seed=9 + k) for p in params] for k in range(2)]
+    expected = [
+        [e.lerp(p, w) for e, p in zip(profile, params, strict=True)]
+        for profile, w in zip(emas, (0.1, 0.7), strict=True)
+    ]
+    emas[1][0] = _strided(emas[1][0])
+    ops.ema_update_([e for profile in emas for e in profile], params, [0.1, 0.7])
+    torch.testing.assert_close(emas, expected)
+
+
+def test_double_is_refused(ops: SimpleNamespace):
+    x = torch.ones(2, 3, 4, dtype=torch.float64)
+    message = "expected float32, float16 or bfloat16 on a GPU, got Double"
+    for call in (
+        lambda: ops.pixel_norm(x, EPS),
+        lambda: ops.pixel_norm_silu_backward(x, x, x, EPS),
+        lambda: ops.mp_silu(x),
+        lambda: ops.mp_silu_backward(x, x),
+        lambda: ops.mp_silu_modulated(x, x[..., 0]),
+        lambda: ops.mp_silu_modulated_backward(x, x, x[..., 0]),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    with pytest.raises(RuntimeError, match="ema_update_: params: expected float32 on a GPU, got Double"):
+        ops.ema_update_([x], [x], [0.5])
+
+
+def test_errors_name_op_and_argument(ops: SimpleNamespace):
+    x, c = torch.ones(2, 3, 4), torch.ones(2, 3)
+    for message, call in {
+        r"pixel_norm: x: expected shape \[batch, channels, ...\], got \[4\]": lambda: ops.pixel_norm(x[0, 0], EPS),
+        r"mp_silu_modulated: c: expected shape \[2, 3\], got \[3, 2\]": lambda: ops.mp_silu_modulated(x, c.t()),
+        "mp_silu_modulated: c: expected dtype Float, got Half": lambda: ops.mp_silu_modulated(x, c.half()),
+        "mp_silu_backward: grad: expected shape": lambda: ops.mp_silu_backward(x[:1], x),
+        "pixel_norm_silu_backward: grad_silu: expected dtype": lambda: ops.pixel_norm_silu_backward(
+            x, x.half(), x, EPS
+        ),
+        "ema_update_: emas: expected profiles . parameters = 2": lambda: ops.ema_update_([x], [x], [0.5, 0.1]),
+        "ema_update_: emas: expected shape": lambda: ops.ema_update_([c], [x], [0.5]),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()
