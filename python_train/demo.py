@@ -202,7 +202,7 @@ def finish(
     verdict = judge_images(chosen.sigma_rel, features, classes, real, judge)
 
     names = [str(digit) for digit in range(num_classes)]
-    title = f"Generated digits after {chosen.nimg // 1000} thousand images, EMA length {chosen.sigma_rel:g}"
+    title = f"Generated digits after {chosen.nimg // 1000}k images, EMA length {chosen.sigma_rel:g}"
     samples = rows_of_classes(generated, num_classes, 10)
     save_png(run_dir / "grid-samples.png", image_grid(samples, names, f"{title} (smoothed)", smooth=True))
     save_png(run_dir / "grid-pixels.png", image_grid(samples, names, title))

@@ -168,11 +168,11 @@ def plot_ema_sweep(
     loss_ax.plot(sigma_rel, [point.loss for point in points], "o-", color=BLUE)
     loss_ax.set_ylabel("loss on training images\n(mean per pixel)")
     accuracy = np.array([100 * point.accuracy for point in points])
-    errors = [100 * point.accuracy_error for point in points]
+    errors = np.array([100 * point.accuracy_error for point in points])
     label = f"{points[0].images} images each, ± standard error"
     accuracy_ax.errorbar(sigma_rel, accuracy, errors, fmt="o-", color=BLUE, capsize=3, label=label)
     accuracy_ax.axhline(100 * needed_accuracy, color=GREY, linestyle="--", label=f"needed: {100 * needed_accuracy:g} %")
-    accuracy_ax.set_ylim(min(90, accuracy.min() - 3), 100.5)
+    accuracy_ax.set_ylim(min(90, (accuracy - errors).min() - 3), 100.5)
     accuracy_ax.set_ylabel("generated images taken\nfor their class (%)")
     nearest_ax.plot(sigma_rel, [point.nearest for point in points], "o-", color=BLUE, label="generated to real")
     nearest_ax.axhline(real_nearest, color=GREY, linestyle="--", label="real to other real")
