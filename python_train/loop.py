@@ -223,12 +223,12 @@ class RunDir:
     def __init__(self, path: Path, description: dict[str, Any], override: bool = False) -> None:
         self.path = path
         options_file = path / "options.json"
-        description = json.loads(json.dumps(description))
+        self.description = json.loads(json.dumps(description))
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is not a directory")
         if options_file.exists():
             try:
-                changed = config.differences(json.loads(options_file.read_text(encoding="utf-8")), description)
+                changed = config.differences(json.loads(options_file.read_text(encoding="utf-8")), self.description)
             except ValueError as error:
                 raise UserError(f"{options_file} is damaged ({error})") from error
             if changed and not override:
@@ -240,13 +240,20 @@ class RunDir:
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run of this program; choose another --outdir")
         path.mkdir(parents=True, exist_ok=True)
+        if not options_file.exists():
+            self.write_options()
         self._log = open(path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - until close()
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._log.close()
             raise UserError(f"another process is training in {path}") from error
-        checkpoint.write_text(options_file, json.dumps(description, indent=2) + "\n")
+        for leftover in (*path.glob(".training-state-*.tmp"), *path.glob(".network-snapshot-*.tmp")):
+            leftover.unlink()  # of a process that was killed while writing
+
+    def write_options(self) -> None:
+        """Write options.json, from here on what a later run is compared with."""
+        checkpoint.write_text(self.path / "options.json", json.dumps(self.description, indent=2) + "\n")
 
     def log(self, text: str) -> None:
         """Append a line to log.txt and print it."""
@@ -375,6 +382,7 @@ def _train(
     elapsed = _resume(trainer, run, world)
     first, stop = trainer.nimg, stop_point(options, trainer.nimg)
     if run is not None:
+        run.write_options()
         run.trim_stats(first)
         run.log(f"training from {first:,} to {stop:,} images" if first < stop else f"complete at {first:,} images")
     if first >= stop:
@@ -518,7 +526,7 @@ def _status_line(stats: dict[str, float]) -> str:
         f"time {duration:<10} sec/tick {stats['Timing/sec_per_tick']:<7.1f} "
         f"sec/kimg {stats['Timing/sec_per_kimg']:<8.3g} maintenance {stats['Timing/maintenance_sec']:<6.1f} "
         f"cpumem {stats['Resources/cpu_mem_gb']:<6.2f} gpumem {stats['Resources/peak_gpu_mem_gb']:<6.2f} "
-        f"reserved {stats['Resources/peak_gpu_mem_reserved_gb']:<6.2f}"
+        f"reserved {stats['Resources/peak_gpu_mem_reserved_gb']:.2f}"
     )
 
 

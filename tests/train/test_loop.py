@@ -356,6 +356,7 @@ def test_changed_options_are_refused(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
     with pytest.raises(UserError, match="does not fit this network"):
         run(changed, outdir, override=True)
+    assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
     assert run(dataclasses.replace(short, lr=0.02, duration=2048), outdir, override=True) == 2048
     assert json.loads((outdir / "options.json").read_text())["options"]["lr"] == 0.02
     free = dataclasses.replace(short, lr=0.02, duration=3072, status=256, snapshot=1024, checkpoint=3072, slice=3072)
@@ -376,7 +377,9 @@ def test_foreign_and_unwritable_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another process is training"):
         RunDir(tmp_path / "run", description)
     first.close()
+    (tmp_path / "run" / ".training-state-0000001.pt.123.tmp").touch()
     RunDir(tmp_path / "run", description).close()
+    assert sorted(os.listdir(tmp_path / "run")) == ["log.txt", "options.json"]
     (tmp_path / "run" / "options.json").write_text("{")
     with pytest.raises(UserError, match=r"options\.json is damaged"):
         RunDir(tmp_path / "run", description)
@@ -433,6 +436,7 @@ def test_many_kills(tmp_path: Path) -> None:
     for index in range(12):
         kill(tmp_path / "run", "32Ki", delay=0.013 * index)
     assert same(finish(tmp_path / "run", "32Ki"), whole)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_two_processes(tmp_path: Path) -> None:
