@@ -118,7 +118,9 @@ def transforming() -> bool:
 
 def differentiating_backward() -> bool:
     """Whether a backward pass must itself be differentiable: it then takes the reference formula."""
-    return (torch.is_grad_enabled() or transforming()) and not torch.compiler.is_compiling()
+    return (
+        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    ) and not torch.compiler.is_compiling()
 
 
 def reference_vjp(

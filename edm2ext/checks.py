@@ -226,11 +226,7 @@ def heads(function: str, qkv: Tensor, num_heads: int) -> None:
         )
 
 
-def ema_lists(
-    emas: Sequence[Sequence[Tensor]],
-    params: Sequence[Tensor],
-    one_minus_betas: Sequence[float],
-) -> None:
+def ema_lists(emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor], one_minus_betas: Sequence[float]) -> None:
     """One list of averages per profile, each parallel to `params`."""
     function = "ema_update_"
     if len(emas) != len(one_minus_betas):
@@ -241,27 +237,27 @@ def ema_lists(
     for weight_ in one_minus_betas:
         if not 0 <= weight_ <= 1:
             raise ValueError(f"{function}: one_minus_betas must be in [0, 1], got {weight_}")
+    shapes, devices = [param.shape for param in params], [param.device for param in params]
     for profile, averages in enumerate(emas):
         if len(averages) != len(params):
             raise ValueError(
                 f"{function}: emas[{profile}] must have one tensor per parameter ({len(params)}), got {len(averages)}"
             )
-        for i, (ema, param) in enumerate(zip(averages, params, strict=True)):
-            if ema.shape != param.shape:
-                raise ValueError(
-                    f"{function}: emas[{profile}][{i}] must have its parameter's shape {list(param.shape)}, "
-                    f"got {list(ema.shape)}"
-                )
-            if ema.device != param.device:
-                raise ValueError(
-                    f"{function}: emas[{profile}][{i}] must be on its parameter's device {param.device}, "
-                    f"got {ema.device}"
-                )
-            if not ema.dtype.is_floating_point or not param.dtype.is_floating_point:
-                raise TypeError(
-                    f"{function}: emas[{profile}][{i}] and its parameter must be floating-point tensors, "
-                    f"got {ema.dtype} and {param.dtype}"
-                )
+        if [ema.shape for ema in averages] != shapes:
+            i = next(i for i, ema in enumerate(averages) if ema.shape != shapes[i])
+            raise ValueError(
+                f"{function}: emas[{profile}][{i}] must have its parameter's shape {list(shapes[i])}, "
+                f"got {list(averages[i].shape)}"
+            )
+        if [ema.device for ema in averages] != devices:
+            i = next(i for i, ema in enumerate(averages) if ema.device != devices[i])
+            raise ValueError(
+                f"{function}: emas[{profile}][{i}] must be on its parameter's device {devices[i]}, "
+                f"got {averages[i].device}"
+            )
+    for dtype in {tensor.dtype for tensors in (params, *emas) for tensor in tensors}:
+        if not dtype.is_floating_point:
+            raise TypeError(f"{function}: emas and params must be floating-point tensors, got {dtype}")
 
 
 def coefficients(coefs: object) -> Tensor:

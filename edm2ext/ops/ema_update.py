@@ -20,34 +20,35 @@ def ema_update_(emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor], one_
     shapes or devices do not match; then nothing has changed.
     """
     checks.ema_lists(emas, params, one_minus_betas)
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    rest = []
-    for i, param in enumerate(params):
-        if _native(param, [averages[i] for averages in emas]):
-            groups.setdefault((param.dtype, param.device), []).append(i)
-        else:
-            rest.append(i)
     with torch.no_grad():
-        for group in groups.values():
-            flat = [averages[i] for averages in emas for i in group]
-            _ema_update_(flat, [params[i] for i in group], one_minus_betas)
-            increment_version(flat)
-        if rest:
-            parts = [[averages[i] for i in rest] for averages in emas]
-            reference.ema_update_(parts, [params[i] for i in rest], one_minus_betas)
+        for averages, part in _groups(emas, params):
+            if _native(part[0], averages):
+                flat = [ema for profile in averages for ema in profile]
+                _ema_update_(flat, part, one_minus_betas)
+                increment_version(flat)
+            else:
+                reference.ema_update_(averages, part, one_minus_betas)
 
 
-def _native(param: Tensor, averages: list[Tensor]) -> bool:
-    """Whether the native op takes a parameter with its averages: of one dtype, and of one layout without gaps.
+def _groups(emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> list[tuple]:
+    """(emas, params) in groups of which all parameters, and all averages of a profile, agree in dtype and device."""
+    if not params:
+        return []
+    if len({param.device for param in params}) == 1 and len({t.dtype for ts in (params, *emas) for t in ts}) == 1:
+        return [(emas, params)]
+    groups: dict[tuple, list[int]] = {}
+    for i, param in enumerate(params):
+        groups.setdefault((param.device, param.dtype, *(profile[i].dtype for profile in emas)), []).append(i)
+    return [
+        ([[profile[i] for i in group] for profile in emas], [params[i] for i in group]) for group in groups.values()
+    ]
 
-    The CUDA kernel knows float32 only.
-    """
-    if not (backend.native(param, _KERNELS) and backend.is_dense(param)):
+
+def _native(param: Tensor, averages: list[list[Tensor]]) -> bool:
+    """Whether the native op takes a group: parameter and averages of one dtype. The CUDA kernel knows float32 only."""
+    if not backend.native(param, _KERNELS) or not (param.is_cpu or param.dtype == torch.float32):
         return False
-    if not (param.is_cpu or param.dtype == torch.float32):
-        return False
-    dtype, stride = param.dtype, param.stride()
-    return all(ema.dtype == dtype and ema.stride() == stride for ema in averages)
+    return all(profile[0].dtype == param.dtype for profile in averages)
 
 
 @backend.fake("ema_update_")

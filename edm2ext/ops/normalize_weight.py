@@ -93,19 +93,18 @@ def force_normalize_(w: "Tensor | Sequence[Tensor]", eps: float = EPS) -> None:
     for weight in weights:
         checks.weight("force_normalize_", "w", weight)
     checks.epsilon("force_normalize_", eps)
-    with torch.no_grad():
-        if torch.compiler.is_compiling():
-            # Inductor (2.13) hands a mutating op a copy of a convolution's weight and drops what it writes there.
+    if torch.compiler.is_compiling():
+        # Inductor (2.13) hands a mutating op a copy of a convolution's weight and drops what it writes there.
+        with torch.no_grad():
             for weight in weights:
                 weight.copy_(normalize_weight(weight, eps))
-            return
-        for group in backend.by_dtype_and_device(weights):
-            dense = [weight for weight in group if backend.is_dense(weight)]
-            if not backend.native(group[0], _FORCE_KERNELS) or len(dense) < len(group):
-                reference.force_normalize_(group, eps)
-            else:
-                _force_normalize_(group, eps)
-                increment_version(group)
+        return
+    for group in backend.by_dtype_and_device(weights):
+        if backend.native(group[0], _FORCE_KERNELS) and all(map(backend.is_dense, group)):
+            _force_normalize_(group, eps)
+            increment_version(group)
+        else:
+            reference.force_normalize_(group, eps)
 
 
 def _effective_weight_list(pairs: list[tuple[Tensor, Tensor | float]], dtype: torch.dtype | None) -> list[Tensor]:
