@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -392,14 +393,22 @@ def _train(
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = _Reporter(trainer, run, world, elapsed)
     bar = tqdm.tqdm(
-        total=stop, initial=first, unit="img", unit_scale=True, desc="training", disable=not progress or world.rank > 0
+        total=stop,
+        initial=first,
+        unit="img",
+        unit_scale=True,
+        desc="training",
+        disable=not progress or world.rank > 0,
+        mininterval=0.1 if sys.stderr.isatty() else 5.0,  # in a file each refresh is a line
     )
     with bar:
         while True:
             nimg = trainer.nimg
             done, resumed_here = nimg >= stop, nimg == first and first > 0
             if _due(nimg, options.status, done) and not resumed_here:
-                bar.set_postfix(loss=f"{report.status():.4f}")
+                loss = report.status()
+                if math.isfinite(loss):
+                    bar.set_postfix(loss=f"{loss:.4f}")
             if run is not None and _due(nimg, options.snapshot) and not resumed_here:
                 _save_snapshots(trainer, run.path, dataset, encoder)
             if options.checkpoint and (done or nimg % options.checkpoint == 0) and nimg != first:
