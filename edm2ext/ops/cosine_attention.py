@@ -60,11 +60,11 @@ def _normalized(qkv: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tensor
 def _explicit(q: Tensor) -> bool:
     """Whether plain products and a softmax beat torch's fused CPU attention on q [N, heads, pixels, d].
 
-    Measured forward + backward with d = 64: in float32 they need two thirds of its time at 16 pixels, equal it at 64
-    and lose from 256 on, where it keeps its tiles in cache; in bfloat16 its backward pass is 2 to 14 times slower up to
-    256 pixels, and equal at 1024.
+    Measured forward + backward with d = 64, CPU time of one thread: in float32 they need 0.8 of its time at 16 pixels,
+    0.9 at 64 to 144, 0.85 to 1.15 at 256 and twice its time at 1024, where it keeps its tiles in cache. In bfloat16 its
+    backward pass is slow: they need 0.15 of its time at 16 pixels, 0.6 at 256, and as much at 1024.
     """
-    return q.shape[2] <= (1024 if q.dtype == torch.bfloat16 else 48)
+    return q.shape[2] <= (512 if q.dtype == torch.bfloat16 else 256)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

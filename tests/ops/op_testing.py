@@ -39,6 +39,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     expanded_grad: bool = False,
+    units: float = 1,
     **arguments: object,
 ) -> None:
     """Check ops.<name> on the native backend against plain torch: outputs, and gradients of all inputs.
@@ -55,7 +56,7 @@ def compare(
         native = run(getattr(ops, name), laid_out)
     for got, same_dtype, truth in zip(native, plain, exact, strict=True):
         assert got.dtype == same_dtype.dtype
-        assert_accurate(got, same_dtype, truth)
+        assert_accurate(got, same_dtype, truth, units)
     if native[0].dim() == inputs[0].dim():
         assert native[0].is_contiguous(memory_format=reference.memory_format(laid_out[0]))
 
@@ -80,8 +81,8 @@ def _run(
     return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
 
 
-def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
-    """Error against float64 at most twice that of plain torch in the same dtype, plus one rounding unit at max |truth|.
+def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor, units: float = 1) -> None:
+    """Error against float64 at most twice that of plain torch in the same dtype, plus rounding units at max |truth|.
 
     In float64, where the truth is plain torch itself, 16 units at 1 or more are added.
     """
@@ -91,7 +92,7 @@ def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
     plain_error = (same_dtype.double() - truth).abs().max().item()
     largest = truth.abs().max().item()
     eps = torch.finfo(got.dtype).eps
-    limit = 2 * plain_error + (16 * eps * max(largest, 1) if got.dtype == torch.float64 else eps * largest)
+    limit = 2 * plain_error + (16 * eps * max(largest, 1) if got.dtype == torch.float64 else units * eps * largest)
     error = (got.double() - truth).abs().max().item()
     assert error <= limit, f"error {error:.3e}, allowed {limit:.3e} (plain torch: {plain_error:.3e})"
 
@@ -118,5 +119,5 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list
     "mp_conv2d_prepared": (lambda m, x, w: m.mp_conv2d(x, w, prepared=True), [(1, 2, 2, 2), (3, 2, 1, 1)]),
     "mp_linear": (lambda m, x, w, g: m.mp_linear(x, w, g), [(2, 3), (4, 3), ()]),
     "cosine_attention": (lambda m, x: m.cosine_attention(x, 2), [(1, 12, 2)]),
-    "cosine_attention_fused": (lambda m, x: m.cosine_attention(x, 1), [(1, 6, 7, 7)]),
+    "cosine_attention_fused": (lambda m, x: m.cosine_attention(x, 1), [(1, 6, 1, 257)]),
 }

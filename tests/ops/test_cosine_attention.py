@@ -1,5 +1,7 @@
 """Cosine attention."""
 
+import math
+
 import pytest
 import torch
 from op_testing import DTYPES, LAYOUTS, compare
@@ -10,30 +12,36 @@ from edm2ext import ops, reference
 CASES = [
     (1, (2, 24, 3, 5)),
     (3, (2, 36, 4, 4)),
-    (2, (1, 24, 9, 11)),
+    (2, (1, 24, 17, 31)),
     (2, (2, 96, 8, 8)),
     (2, (2, 12, 7)),
     (2, (1, 12, 2, 3, 2)),
 ]
 
 
+def _units(shape: tuple[int, ...]) -> float:
+    """torch's fused attention is less accurate than its plain products."""
+    return 8 if math.prod(shape[2:]) > 256 else 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "shape"), CASES)
 def test_shapes_and_dtypes(heads: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    compare("cosine_attention", [torch.randn(shape)], dtype=dtype, num_heads=heads)
+    compare("cosine_attention", [torch.randn(shape)], dtype=dtype, num_heads=heads, units=_units(shape))
 
 
 @pytest.mark.parametrize("expanded_grad", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("heads", "shape"), [(1, (2, 24, 4, 4)), (2, (2, 36, 3, 5)), (2, (2, 24, 8, 9))])
+@pytest.mark.parametrize(("heads", "shape"), [(1, (2, 24, 4, 4)), (2, (2, 36, 3, 5)), (2, (2, 24, 16, 17))])
 def test_layouts(heads: int, shape: tuple[int, ...], layout: str, expanded_grad: bool) -> None:
-    compare("cosine_attention", [torch.randn(shape)], layout=layout, expanded_grad=expanded_grad, num_heads=heads)
+    options = {"layout": layout, "expanded_grad": expanded_grad, "units": _units(shape)}
+    compare("cosine_attention", [torch.randn(shape)], **options, num_heads=heads)
 
 
-@pytest.mark.parametrize("pixels", [2, 10])
+@pytest.mark.parametrize("pixels", [2, 17])
 def test_one_pixel_decides(backend: str, pixels: int) -> None:
     """Queries and keys that agree at one pixel only: its value is taken nearly alone."""
-    depth = 128
+    depth = 320
     q = torch.eye(depth)[:, : pixels**2]
     v = torch.randn(depth, pixels**2)
     qkv = torch.stack([q, q, v], dim=1).reshape(1, 3 * depth, pixels, pixels) * 3
@@ -55,7 +63,7 @@ def test_reference_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pixels", [4, 10])
+@pytest.mark.parametrize("pixels", [4, 24])
 def test_autocast_sets_the_dtype_of_products(backend: str, dtype: torch.dtype, pixels: int) -> None:
     qkv = torch.randn(2, 48, pixels, pixels, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
