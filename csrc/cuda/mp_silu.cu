@@ -75,7 +75,6 @@ cudaError_t modulated_backward(const MPSiLUModulatedBackwardParams& params, floa
   const auto& [batch, channels, pixels, channels_last] = params.shape;
   const int64_t count = batch * channels;
   if (count == 0) return cudaSuccess;
-  if (pixels == 0) return cudaMemsetAsync(grad_c, 0, static_cast<size_t>(count) * sizeof(T), stream);
   const int64_t chunks = channels_last ? count_chunks<true>(pixels) : count_chunks<false>(pixels);
   const ChunkSums<T> sums{chunks > 1 ? workspace : nullptr, grad_c, count};
 

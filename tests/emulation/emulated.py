@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+SOURCES = Path(os.environ.get("EDM2EXT_EMULATED_SOURCES", ROOT))  # holds csrc: the repository, or a copy with a fault
 _TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # edm2::DType, those with kernels
 
@@ -26,9 +28,11 @@ _BLOCK_ORDERS = ["forward", "reverse", "interleaved"]
 
 # AddressSanitizer must be in the process before anything else: a test runs such libraries in a process of their own.
 SANITIZED = bool(os.environ.get("EDM2EXT_EMULATION_SANITIZED"))
+# Without sanitizers, the emulator itself answers when a pointer is not aligned for what it points to.
+_ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # Libraries with the same templates live in one process: without -fno-gnu-unique they would share their shared memory.
-_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
+_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
 _FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
@@ -66,7 +70,7 @@ def _object(name: str, root: Path) -> Path:
     ]
     if name == "emulator":
         sources = [HERE / f"emulator{suffix}" for suffix in (".cpp", ".h")] + [HERE / "fiber.h"]
-    command = [*_compiler(), "-c", str(HERE / f"{name}.cpp")]
+    command = [*_compiler(), *([] if SANITIZED else _ALIGNMENT), "-c", str(HERE / f"{name}.cpp")]
     command += [f"-I{folder}" for folder in (HERE, HERE / "include", root / "csrc", root / "csrc" / "include")]
     if name == "bindings":
         sources += sorted((root / "csrc" / "torch").glob("*.cpp"))
@@ -75,9 +79,10 @@ def _object(name: str, root: Path) -> Path:
     return _compile(command, sources, name, ".o")
 
 
-def build(*names: str, root: Path = ROOT) -> Path:
+def build(*names: str, root: Path = SOURCES) -> Path:
     """Links the named tests/emulation/<name>.cpp, compiled with the kernels of `root`/csrc, with the emulator, once."""
-    objects = [_object(name, root) for name in (*names, "emulator")]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(lambda name: _object(name, root), (*names, "emulator")))
     libraries = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu"] if "bindings" in names else []
     command = [*_compiler(), "-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries]
     return _compile(command, objects, names[0], ".so")
@@ -136,7 +141,7 @@ def _argument(value: object) -> object:
 
 
 @functools.cache
-def load(name: str, root: Path = ROOT) -> Library:
+def load(name: str, root: Path = SOURCES) -> Library:
     """The library for tests/emulation/<name>.cpp."""
     return Library(build(name, root=root))
 

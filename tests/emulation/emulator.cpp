@@ -141,6 +141,15 @@ Memory shared_memory() {
   return memory;
 }
 
+/// Lets AddressSanitizer report access beyond the dynamic shared memory of a launch.
+void poison_dynamic_shared([[maybe_unused]] size_t bytes_in_use, [[maybe_unused]] bool poison) {
+#if defined(__SANITIZE_ADDRESS__)
+  const auto* begin = edm2::cuda::dynamic_shared + bytes_in_use;
+  const size_t size = kDynamicSharedLimit - bytes_in_use;
+  poison ? __asan_poison_memory_region(begin, size) : __asan_unpoison_memory_region(begin, size);
+#endif
+}
+
 // ---- faults ----
 
 bool same_place(const std::source_location& a, const std::source_location& b) {
@@ -282,8 +291,11 @@ bool run_blocks(int64_t blocks, int count, size_t dynamic_shared_bytes) {
   while (!active.empty()) {
     for (size_t i = 0; i < active.size();) {
       Block& b = *active[i];
+      poison_dynamic_shared(0, false);
       memcpy(shared.begin, b.shared.data(), shared.bytes);
+      poison_dynamic_shared(dynamic_shared_bytes, true);
       if (!run_some(b, count == 1 ? INT64_MAX : b.size)) return false;
+      poison_dynamic_shared(0, false);
       memcpy(b.shared.data(), shared.begin, shared.bytes);
       if (b.done < b.size) {
         ++i;
@@ -390,6 +402,23 @@ Outcome run(dim3 grid, dim3 threads, size_t dynamic_shared_bytes, const std::fun
 }
 
 }  // namespace emulation
+
+// ---- misaligned access ----
+// Where a pointer is not aligned for its type, code compiled with -fsanitize=alignment calls this. The structure is the
+// compiler's.
+
+#if !defined(__SANITIZE_ADDRESS__)
+struct TypeMismatch {
+  const char* file;
+  uint32_t line;
+  uint32_t column;
+};
+
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatch* where, uintptr_t) {
+  emulation::fail("misaligned access at " + std::string(where->file) + ":" + std::to_string(where->line));
+  abort();
+}
+#endif
 
 extern "C" {
 void emulation_configure(int thread_order, int block_order, uint64_t seed, int multiprocessors) {

@@ -23,10 +23,10 @@ def forward(library: Library, x: Tensor, offset_x: int = 0, offset_y: int = 0) -
     return [y.tensor]
 
 
-def backward(library: Library, grad: Tensor, x: Tensor, offset_grad: int = 0, offset: int = 0) -> list[Tensor]:
-    """The gradient of x [numel]."""
-    grad_y, source = Guarded(grad, x.dtype, offset_grad), Guarded(x, x.dtype, offset)
-    grad_x = Guarded(x.numel(), x.dtype, offset)
+def backward(library: Library, grad: Tensor, x: Tensor, offset_x: int = 0, offset_grad: int = 0) -> list[Tensor]:
+    """The gradient of x [numel]; the two gradients are aligned alike."""
+    grad_y, source = Guarded(grad, x.dtype, offset_grad), Guarded(x, x.dtype, offset_x)
+    grad_x = Guarded(x.numel(), x.dtype, offset_grad)
     library.call("mp_silu_backward", grad_y.tensor, source.tensor, grad_x.tensor, x.numel(), x.dtype)
     grad_x.check_margins()
     return [grad_x.tensor]

@@ -88,6 +88,13 @@ def test_faults_are_found(scheduled: Library, probe: str, message: str):
     assert reversed_blocks(scheduled, barrier=True), "the emulator did not recover"
 
 
+@pytest.mark.skipif(emulated.SANITIZED, reason="the sanitizer ends the process")
+def test_misaligned_access_is_found(library: Library):
+    out = torch.zeros(361, dtype=torch.int32).view(torch.uint8)[1:]
+    with pytest.raises(KernelFault, match=r"misaligned access at .*emulator_probe.cpp:\d+"):
+        library.call("probe_indices", out)
+
+
 def test_impossible_launches_are_refused(library: Library):
     for grid_x, grid_y, block in [(0, 1, 32), (1, 65536, 32), (1, 1, 0), (1, 1, 1025)]:
         with pytest.raises(KernelFault, match=r"error 9: .*no GPU runs"):

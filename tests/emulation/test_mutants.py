@@ -1,0 +1,116 @@
+"""Do the tests notice a wrong kernel? Faults are planted in a copy of the sources; each must be found."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import emulated
+import pytest
+import test_emulated_mp_silu
+import test_emulated_pixel_norm
+import torch
+from emulated import KernelFault, Library
+
+KERNELS = emulated.ROOT / "csrc" / "cuda"
+BARRIER = "__syncthreads();"
+
+
+def planted(tmp_path: Path, file: str, change: Callable[[str], str]) -> Path:
+    """A copy of the sources in which one file is changed; returns the root of the copy."""
+    for part in ("cuda", "include", "torch"):
+        shutil.copytree(emulated.ROOT / "csrc" / part, tmp_path / "csrc" / part)
+    target = tmp_path / "csrc" / "cuda" / file
+    original = target.read_text()
+    target.write_text(change(original))
+    assert target.read_text() != original
+    return tmp_path
+
+
+# ---- every barrier, removed ----
+
+
+def barriers() -> list[tuple[str, int]]:
+    """(file, number) of every barrier in the kernels."""
+    files = sorted(KERNELS.glob("*.cuh"))
+    return [(file.name, i) for file in files for i in range(file.read_text().count(BARRIER))]
+
+
+def without_barrier(text: str, number: int) -> str:
+    """The text without its barrier of that number."""
+    pieces = text.split(BARRIER)
+    return BARRIER.join(pieces[: number + 1]) + ";" + BARRIER.join(pieces[number + 1 :])
+
+
+def check_pixel_norm(library: Library) -> None:
+    for case in test_emulated_pixel_norm.CASES:
+        if case.p >= 16 and case.p < 2000:
+            test_emulated_pixel_norm.check(library, case, torch.float32)
+
+
+def check_mp_silu(library: Library) -> None:
+    for case in test_emulated_mp_silu.CASES:
+        if case.c < 2000:
+            test_emulated_mp_silu.check_modulated(library, case, torch.float32)
+
+
+CHECKS = {"pixel_norm.cuh": check_pixel_norm, "mp_silu.cuh": check_mp_silu}
+
+
+@pytest.mark.parametrize(("file", "number"), barriers())
+def test_no_barrier_is_missed_unnoticed(tmp_path: Path, file: str, number: int):
+    root = planted(tmp_path, file, lambda text: without_barrier(text, number))
+    with pytest.raises((AssertionError, KernelFault)):
+        CHECKS[file](emulated.load(Path(file).stem, root))
+
+
+# ---- other faults, to be found by the test files of the kernels ----
+
+# File, text that occurs in it, replacement.
+FAULTS = [
+    ("device.cuh", "offset = lanes / 2;", "offset = lanes / 4;"),
+    ("device.cuh", "head < count ? head : count", "head"),
+    ("device.cuh", "(count - head) / kPack<T>", "(count - head) / kPack<T> + 1"),
+    ("device.cuh", "i < head; i += step", "i + 1 < head; i += step"),
+    ("device.cuh", "(bytes_past_16(others) != past) || ...", "(bytes_past_16(others) != past) && ..."),
+    ("device.cuh", "/ lanes - within_warp", "/ lanes"),
+    ("pixel_norm.cuh", "eps + sqrtf(squares / channels)", "0 * eps + sqrtf(squares / channels)"),
+    ("pixel_norm.cuh", "grad_y + grad_silu * mp_silu_grad(y)", "grad_y + grad_silu * y"),
+    ("pixel_norm.cuh", "threadIdx.x % kLanes * N", "threadIdx.x % kLanes"),
+    ("pixel_norm.cuh", "offset < kWarpSize; offset *= 2", "offset < kWarpSize / 2; offset *= 2"),
+    ("pixel_norm.cuh", "int warp = 1; warp < kWarps", "int warp = 1; warp < kWarps - 1"),
+    ("pixel_norm.cuh", "end = pixel < pixels ? channels : 0;\n  }", "end = channels;\n  }"),
+    ("pixel_norm.cuh", "strip / strips * channels * pixels", "strip / strips * pixels"),
+    ("pixel_norm.cu", "packs_per_lane <= 4", "packs_per_lane <= 5"),
+    ("pixel_norm.cu", "packs_per_lane > kMostPacksPerLane", "false"),
+    ("mp_silu.cuh", "end_pixel = (chunk + 1) * kChunkPixels<true>", "end_pixel = (chunk + 1) * kChunkPixels<true> - 1"),
+    ("mp_silu.cuh", "if (end_pixel > pixels) end_pixel = pixels;", ""),
+    ("mp_silu.cuh", "if (tile.first_channel + column >= channels) break;", ""),
+    ("mp_silu.cuh", "partial[chunk * count + at] = value", "partial[0 * chunk * count + at] = value"),
+    ("mp_silu.cuh", "int64_t chunk = 0; chunk < chunks", "int64_t chunk = 1; chunk < chunks"),
+    ("mp_silu.cuh", "store(grad_x + own.begin + i, grad_z * scale)", "store(grad_x + own.begin + i, grad_z)"),
+    ("mp_silu.cu", "chunks > 1 ? workspace : nullptr", "nullptr"),
+    ("mp_silu.cu", "chunks == 1) return error;", "chunks <= 1) return error;"),
+    ("ema_update.cuh", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
+    ("ema_update.cuh", "weight < 0.5f ?", "true ?"),
+    ("ema_update.cuh", "bytes_past_16(pointers[profile]) != bytes_past_16(pointers[0])", "false"),
+    ("ema_update.cu", "table.weights[k - first]", "table.weights[0]"),
+    ("ema_update.cu", "table.tensors < capacity", "table.tensors <= capacity"),
+]
+_OPS = ("pixel_norm", "mp_silu", "ema_update")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "text", "replacement"), FAULTS)
+def test_fault_is_found(tmp_path: Path, file: str, text: str, replacement: str):
+    root = planted(tmp_path, file, lambda source: source.replace(text, replacement))
+    names = [name for name in _OPS if Path(file).stem in (name, "device")]
+    for name in names:
+        emulated.build(name, root=root)  # a fault that does not compile would prove nothing
+    files = [f"{emulated.HERE}/test_emulated_{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "EDM2EXT_EMULATED_SOURCES": str(root)}
+    run = subprocess.run(command, env=environment, cwd=emulated.ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode != 0, "all tests passed"

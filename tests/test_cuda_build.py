@@ -1,0 +1,123 @@
+"""The CUDA kernels in the built library, read back without a GPU: present, registered, within their budgets."""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import edm2ext
+from edm2ext import reference
+
+# The most registers a kernel may use, over all its variants. With blocks of 256 threads, 32 registers fill a
+# multiprocessor, 64 half of it, 80 leave room for three blocks and 128 for two.
+REGISTERS = {
+    "mp_silu_elements": 40,
+    "mp_silu_backward_elements": 40,
+    "mp_silu_modulated_columns": 48,
+    "mp_silu_modulated_planes": 64,
+    "mp_silu_modulated_backward_columns": 64,
+    "mp_silu_modulated_backward_planes": 80,
+    "mp_silu_modulated_add_chunks": 40,
+    "pixel_norm_rows": 128,
+    "pixel_norm_long_rows": 80,
+    "pixel_norm_planes": 80,
+    "pixel_norm_backward_rows": 255,  # up to 24 packs of 4 registers are held
+    "pixel_norm_backward_long_rows": 80,
+    "pixel_norm_backward_planes": 80,
+    "ema_update_chunks": 48,
+}
+STATIC_SHARED_LIMIT = 48 * 1024
+OPS = [
+    "pixel_norm",
+    "pixel_norm_backward",
+    "pixel_norm_silu",
+    "pixel_norm_silu_backward",
+    "mp_silu",
+    "mp_silu_backward",
+    "mp_silu_modulated",
+    "mp_silu_modulated_backward",
+    "ema_update_",
+]
+
+
+class Resources(NamedTuple):
+    """What one variant of a kernel needs."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    info = edm2ext.build_info()
+    if not info["cuda_compiled"]:
+        pytest.skip("built without CUDA/nvcc")
+    return Path(str(info["library"]))
+
+
+def cuobjdump() -> str:
+    """The tool, of a CUDA toolkit or of the package nvidia-cuda-cuobjdump."""
+    found = shutil.which("cuobjdump")
+    if found is not None:
+        return found
+    try:
+        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail("cuobjdump is needed: pip install --requirement requirements.txt")
+    return str(next(file for file in files if file.name == "cuobjdump").locate())
+
+
+def read_back(library: Path) -> Iterator[Resources]:
+    """Resources of every variant of every kernel in the library."""
+    command = [cuobjdump(), "--dump-resource-usage", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    arch = name = ""
+    for line in text.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function _ZN4edm24cuda(\d+)(\w+):", line):
+            name = match[2][: int(match[1])]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            yield Resources(name, arch, *map(int, match.groups()))
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path) -> list[Resources]:
+    return list(read_back(library))
+
+
+def test_kernels_are_there_for_every_architecture(kernels: list[Resources]):
+    archs = {f"sm_{arch}" for arch in str(edm2ext.build_info()["cuda_archs"]).split(";")}
+    assert {k.arch for k in kernels} == archs
+    for arch in archs:
+        assert {k.kernel for k in kernels if k.arch == arch} == set(REGISTERS)
+
+
+def test_nothing_spills_and_budgets_hold(kernels: list[Resources]):
+    for kernel in kernels:
+        assert kernel.local == 0, kernel
+        assert kernel.stack == 0, kernel
+        assert kernel.registers <= REGISTERS[kernel.kernel], kernel
+        assert kernel.shared <= STATIC_SHARED_LIMIT, kernel
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registered_beside_the_cpu_kernel(library: Path, op: str):
+    for key in ("CUDA", "CPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::{op}", key)
+
+
+def test_ops_work_on_cpu_tensors(library: Path):
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(torch.ops.edm2.pixel_norm(x, 1e-4), reference.pixel_norm(x))
+    torch.testing.assert_close(torch.ops.edm2.mp_silu(x), reference.mp_silu(x))
