@@ -51,6 +51,11 @@ def test_modulated_layouts(shape: tuple[int, ...], layout: str) -> None:
     compare("mp_silu_modulated", inputs, layout=layout, expanded_grad=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_over_many_pixels(layout: str) -> None:
+    compare("mp_silu_modulated", [torch.randn(2, 40, 80, 80) * 2, torch.randn(2, 40)], layout=layout)
+
+
 @settings(derandomize=True, max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 6), st.integers(1, 6)),
