@@ -9,21 +9,24 @@ namespace {
 constexpr int64_t kBlock = 256;
 constexpr double kSqrt2 = 1.4142135623730951;
 
-/// out[i] = sqrt(2) * cos(x * freqs[i] + phases[i]), or sin if Sine. The angle is formed in C, its cosine in double.
+double exact_trig(bool sine, double x) { return sine ? __builtin_sin(x) : __builtin_cos(x); }
+
+/// out[i] = sqrt(2) * cos(x * freqs[i] + phases[i]), or sin if Sine.
 template <bool Sine, class C>
 void waves(C x, const C* __restrict freqs, const C* __restrict phases, C* __restrict out, int64_t size) {
-  double largest = 0;
+  constexpr C kLimit = std::is_same_v<C, float> ? C(math::kTrigLimitFloat) : C(math::kTrigLimitDouble);
+  C largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < size; ++i) {
-    const double angle = x * freqs[i] + phases[i];
-    const double magnitude = angle < 0 ? -angle : angle;
+    const C angle = x * freqs[i] + phases[i];
+    const C magnitude = angle < 0 ? -angle : angle;
     largest = magnitude > largest ? magnitude : largest;
-    out[i] = static_cast<C>(kSqrt2 * math::trig<Sine>(angle));
+    out[i] = C(kSqrt2) * math::trig<Sine>(angle);
   }
-  if (largest > math::kTrigLimit) {
+  if (largest > kLimit) {
     for (int64_t i = 0; i < size; ++i) {
-      const double angle = x * freqs[i] + phases[i];
-      out[i] = static_cast<C>(kSqrt2 * (Sine ? __builtin_sin(angle) : __builtin_cos(angle)));
+      const C angle = x * freqs[i] + phases[i];
+      out[i] = static_cast<C>(kSqrt2 * exact_trig(Sine, angle));
     }
   }
 }

@@ -34,7 +34,7 @@ void modulated_pixel(const T* __restrict x, const T* __restrict c, T* __restrict
   for (int64_t i = 0; i < channels; ++i) y[i] = narrow<T>(math::mp_silu(widen(x[i]) * widen(c[i])));
 }
 
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunk = 128;
 
 /// A piece of at most kChunk pixels of one plane; returns its share of the gradient of c (spec 2.8). In type C
 /// throughout: a sum over few 16-bit elements would not be vectorised.
@@ -81,7 +81,7 @@ void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x,
                               T* __restrict grad_x, T* __restrict grad_c, int64_t block, int64_t channels,
                               int64_t pixels) {
   using C = Compute<T>;
-  constexpr int64_t kPixels = 64;
+  constexpr int64_t kPixels = 32;
   C c_block[kModulatedChannelBlock];
   C total[kModulatedChannelBlock] = {};
   for (int64_t i = 0; i < block; ++i) c_block[i] = widen(c[i]);

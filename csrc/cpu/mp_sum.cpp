@@ -38,7 +38,7 @@ void backward_clamped(const T* __restrict grad, const T* __restrict a, const T* 
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const C y = wa * widen(a[i]) + wb * widen(b[i]);
-    const C g = (y < C(0) ? -y : y) <= clip ? widen(grad[i]) : C(0);
+    const C g = math::where((y >= -clip) & (y <= clip), widen(grad[i]));
     grad_a[i] = narrow<T>(g * wa);
     grad_b[i] = narrow<T>(g * wb);
   }

@@ -46,18 +46,18 @@ double normalize_row_backward(const Grad* __restrict grad, const T* __restrict w
                               double eps, double factor) {
   using C = Compute<T>;
   const RowNorm<T> norm(w, size, eps);
-  C dot = 0;  // <grad, w>
+  double dot = 0;  // <grad, w>, in fp64: the rows' dots add up to the gain's gradient, and mostly cancel
 #pragma omp simd reduction(+ : dot)
-  for (int64_t i = 0; i < size; ++i) dot += static_cast<C>(widen(grad[i])) * widen(w[i]);
+  for (int64_t i = 0; i < size; ++i) dot += static_cast<double>(widen(grad[i])) * static_cast<double>(widen(w[i]));
   const C inv = C(1) / norm.s;
   const C f = static_cast<C>(factor);
   const C scale = f * inv;
-  const C coef = f * math::normalize_grad_coef(dot, inv, norm.rms, static_cast<C>(size));
+  const C coef = f * math::normalize_grad_coef(static_cast<C>(dot), inv, norm.rms, static_cast<C>(size));
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     grad_w[i] = narrow<T>(static_cast<C>(widen(grad[i])) * scale - widen(w[i]) * coef);
   }
-  return static_cast<double>(dot * inv);
+  return dot / norm.s;
 }
 
 /// f(tensor, row) for every row that begins in [begin, end).

@@ -102,12 +102,39 @@ EDM2_FORMULA double exp(double x) {
 #endif
 }
 
-/// Beyond this the reduction below loses accuracy.
-constexpr double kTrigLimit = 1e6;
+/// Beyond these the reductions below lose accuracy.
+constexpr float kTrigLimitFloat = 8192.0f;
+constexpr double kTrigLimitDouble = 1e6;
 
-/// cos(x), or sin(x) if Sine, within 2 ulp for |x| <= kTrigLimit. x = k pi / 2 + r with pi / 2 in three parts, the
-/// products of the first two with k exact; sine and cosine of r by minimax polynomials (relative errors 2e-17); k picks
-/// one and its sign.
+/// cos(x), or sin(x) if Sine, within 2e-7 for |x| <= kTrigLimitFloat. x = k pi / 2 + r with pi / 2 in three parts, the
+/// products of the first two with k exact; sine and cosine of r by minimax polynomials (errors below 1e-8); k picks one
+/// and its sign.
+template <bool Sine>
+EDM2_FORMULA float trig(float x) {
+#if defined(__CUDA_ARCH__)
+  return Sine ? ::sinf(x) : ::cosf(x);
+#else
+  const float shifted = x * 0.636619772f + 12582912.0f;
+  const float k = shifted - 12582912.0f;
+  float r = x - k * 1.5703125f;
+  r = r - k * 4.837512969970703125e-4f;
+  r = r - k * 7.549789954891882e-8f;
+  const float u = r * r;
+  float s = -1.95879585515e-4f;
+  s = s * u + 8.33274876581e-3f;
+  s = s * u - 1.66666646667e-1f;
+  s = s * u * r + r;
+  float c = 2.45479901174e-5f;
+  c = c * u - 1.38883034101e-3f;
+  c = c * u + 4.1666664663e-2f;
+  c = c * u * u + (1.0f - 0.5f * u);
+  const int32_t quadrant = to_bits(shifted) + (Sine ? 0 : 1);  // cos(x) = sin(x + pi / 2)
+  const float value = (quadrant & 1) != 0 ? c : s;
+  return from_bits(to_bits(value) ^ ((quadrant & 2) << 30));
+#endif
+}
+
+/// The same within 2 ulp for |x| <= kTrigLimitDouble, with polynomials of relative errors 2e-17.
 template <bool Sine>
 EDM2_FORMULA double trig(double x) {
 #if defined(__CUDA_ARCH__)
@@ -133,9 +160,9 @@ EDM2_FORMULA double trig(double x) {
   c = c * u - 1.38888888888873968e-3;
   c = c * u + 4.16666666666666654e-2;
   c = c * u * u + (1.0 - 0.5 * u);
-  const int64_t quadrant = to_bits(shifted) + (Sine ? 0 : 1);  // cos(x) = sin(x + pi / 2)
+  const int64_t quadrant = to_bits(shifted) + (Sine ? 0 : 1);
   const double value = (quadrant & 1) != 0 ? c : s;
-  return (quadrant & 2) != 0 ? -value : value;
+  return from_bits(to_bits(value) ^ ((quadrant & 2) << 62));
 #endif
 }
 
@@ -159,6 +186,12 @@ EDM2_FORMULA T clamp(T v, T bound) {
   v = v > bound ? bound : v;
   return v < -bound ? -bound : v;
 }
+
+#if !defined(__CUDA_ARCH__)
+/// condition ? v : 0 without a branch, which would hinder vectorisation where v is loaded from memory.
+EDM2_FORMULA float where(bool condition, float v) { return from_bits(to_bits(v) & -static_cast<int32_t>(condition)); }
+EDM2_FORMULA double where(bool condition, double v) { return from_bits(to_bits(v) & -static_cast<int64_t>(condition)); }
+#endif
 
 /// Coefficient of x in the gradient of x / s, s = eps + rms (spec 2.1): grad = g / s - x * (<g, x> / s^2) / (n * rms).
 /// At rms = 0 the norm's sub-gradient is 0.
