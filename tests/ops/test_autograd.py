@@ -1,6 +1,6 @@
 """First and second derivatives, forward mode and functorch transforms of every differentiable function."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,15 +9,6 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from edm2ext import ops, reference
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny calls: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _case(name: str, requires_grad: bool = True) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
