@@ -1,0 +1,264 @@
+"""Every op that has a CUDA kernel, on a GPU: accuracy, layouts, streams, graphs, devices, size."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import edm2ext
+from edm2ext import ops, reference
+
+pytestmark = pytest.mark.gpu
+if not (edm2ext.build_info()["cuda"] and torch.cuda.is_available()):
+    pytest.skip(f"no GPU to test on: {edm2ext.build_info()['cuda_reason']}", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [
+    (2, 24, 5, 7),
+    (3, 130, 1, 9),
+    (1, 3, 33, 31),
+    (2, 192, 16, 16),
+    (4, 768, 8, 8),
+    (1, 1032, 3, 3),
+    (1, 2056, 2, 2),
+    (2, 6, 2, 3, 5),
+    (5, 16),
+    (0, 4, 3, 3),
+    (2, 8, 70, 70),
+]
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    with edm2ext.set_backend("native"):
+        yield
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": _channels_last,
+    "strided": _strided,
+    "misaligned": _misaligned,
+}
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+class NativeCalls(TorchDispatchMode):
+    """Collects the names of the native ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
+        if func.namespace == "edm2":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """The same values on every machine."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def run(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of the function, then gradients of its inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, leaves, grads[: len(outputs)]))
+
+
+def assert_accurate(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """At most twice the error of plain torch in the same dtype, plus a rounding unit at the largest value."""
+    assert got.shape == exact.shape
+    assert got.dtype == plain.dtype
+    if exact.numel() == 0:
+        return
+    error = (got.double() - exact).abs().max().item()
+    unit = torch.finfo(got.dtype).eps * exact.abs().max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item() + unit
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def compare(native: Function, plain: Function, inputs: list[Tensor], grads: list[Tensor], calls: set[str]) -> None:
+    """Native against plain torch in the same dtype and in float64; `calls` are the native ops that must have run."""
+    with NativeCalls() as seen:
+        got = run(native, inputs, grads)
+    assert set(seen.names) == {f"edm2::{name}" for name in calls}
+    rounded = run(plain, inputs, grads)
+    exact = run(plain, [x.double() for x in inputs], [g.double() for g in grads])
+    for out, low, high in zip(got, rounded, exact, strict=True):
+        assert_accurate(out, low, high)
+    assert got[0].is_contiguous(memory_format=reference.memory_format(inputs[0]))
+
+
+def gradients(x: Tensor, layout: str) -> list[Tensor]:
+    """Two gradients like x, in a layout or expanded from one value."""
+    if layout == "expanded":
+        return [torch.full((1,) * x.dim(), 0.5 + i, device=x.device, dtype=x.dtype).expand(x.shape) for i in range(2)]
+    return [LAYOUTS[layout](randn(*x.shape, seed=1 + i).to(x.dtype)) for i in range(2)]
+
+
+LAYOUT_PAIRS = [("contiguous", "expanded"), ("channels_last", "contiguous"), ("channels_last", "expanded")]
+LAYOUT_PAIRS += [("contiguous", "strided"), ("strided", "channels_last"), ("misaligned", "misaligned")]
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ops_match_reference(shape: tuple[int, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    x = LAYOUTS[layout](randn(*shape).to(dtype))
+    grads = gradients(x, grad_layout)
+    compare(ops.pixel_norm, reference.pixel_norm, [x], grads, {"pixel_norm", "pixel_norm_backward"})
+    compare(
+        lambda x: ops.pixel_norm(x, silu=True),
+        lambda x: reference.pixel_norm(x, silu=True),
+        [x],
+        grads,
+        {"pixel_norm_silu", "pixel_norm_silu_backward"},
+    )
+    compare(ops.mp_silu, reference.mp_silu, [x], grads, {"mp_silu", "mp_silu_backward"})
+    c = randn(*shape[:2], seed=3).to(dtype)
+    calls = {"mp_silu_modulated", "mp_silu_modulated_backward"}
+    compare(ops.mp_silu_modulated, reference.mp_silu_modulated, [x, c], grads, calls)
+
+
+def test_zero_pixels():
+    x = torch.zeros(1, 24, 4, 4, device="cuda", requires_grad=True)
+    y = ops.pixel_norm(x)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros_like(y))
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e4))
+
+
+def test_extreme_values():
+    x = torch.tensor([0.0, 80.0, -80.0, 90.0, -90.0, 1e30, -1e30, torch.inf, torch.nan], device="cuda")
+    torch.testing.assert_close(ops.mp_silu(x), reference.mp_silu(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("profiles", [1, 2, 33])
+def test_ema_update(profiles: int):
+    shapes = [(64, 32, 3, 3), (), (5,), (0,), (20001,), *[(3, i) for i in range(1, 120)]]
+    params = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    params[0] = _channels_last(params[0])
+    emas = [[randn(*p.shape, seed=1000 + k).as_strided(p.shape, p.stride()) for p in params] for k in range(profiles)]
+    weights = [1.0, 0.3, *[1e-3 / (1 + k) for k in range(profiles)]][:profiles]
+    with NativeCalls() as seen:
+        exact = [
+            [e.double().lerp(p.double(), w) for e, p in zip(es, params, strict=True)]
+            for es, w in zip(emas, weights, strict=True)
+        ]
+        plain = [[e.lerp(p, w) for e, p in zip(es, params, strict=True)] for es, w in zip(emas, weights, strict=True)]
+        ops.ema_update_(emas, params, weights)
+    assert "edm2::ema_update_" in seen.names
+    for got, low, high in zip(emas, plain, exact, strict=True):
+        assert_accurate(*(torch.cat([t.reshape(-1) for t in tensors]) for tensors in (got, low, high)))
+    assert torch.equal(emas[0][0], params[0])
+
+
+def test_float64_takes_the_reference():
+    x = torch.randn(2, 3, 4, 4, device="cuda", dtype=torch.float64)
+    with NativeCalls() as seen:
+        assert torch.equal(ops.pixel_norm(x), reference.pixel_norm(x))
+    assert seen.names == []
+
+
+def test_deterministic():
+    x = _channels_last(randn(8, 200, 33, 31).half())
+    c, grad = randn(8, 200).half(), _channels_last(randn(8, 200, 33, 31, seed=1).half())
+    results = [torch.ops.edm2.mp_silu_modulated_backward(grad, x, c) for _ in range(5)]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_runs_on_the_current_stream():
+    x = torch.zeros(1 << 20, device="cuda")
+    param, ema = torch.zeros(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second: another stream would see zeros
+        x.fill_(2)
+        param.fill_(1)
+        y = ops.mp_silu(x)
+        ops.ema_update_([[ema]], [param], [0.5])
+    stream.synchronize()
+    torch.testing.assert_close(y, reference.mp_silu(torch.full_like(x, 2)))
+    assert torch.equal(ema, torch.full_like(ema, 0.5))
+
+
+def test_graph_capture():
+    x = _channels_last(randn(4, 192, 16, 16).half())
+    c, grad = randn(4, 192).half(), torch.ones_like(x)
+    ema, param = torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda")
+
+    def work() -> list[Tensor]:
+        y, silu = torch.ops.edm2.pixel_norm_silu(x, 1e-4)
+        z = torch.ops.edm2.mp_silu_modulated(y, c)
+        grad_y, grad_c = torch.ops.edm2.mp_silu_modulated_backward(grad, y, c)
+        torch.ops.edm2.ema_update_([ema], [param], [0.5])
+        return [silu, z, torch.ops.edm2.pixel_norm_silu_backward(grad_y, grad, x, 1e-4), grad_c]
+
+    expected = work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    ema.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert torch.equal(ema, torch.full_like(ema, 0.5))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_tensors_on_another_device():
+    x = randn(2, 24, 5, 5).to("cuda:1").requires_grad_()
+    assert torch.cuda.current_device() == 0
+    y = ops.pixel_norm(x)
+    y.sum().backward()
+    assert y.device == x.grad.device == torch.device("cuda:1")
+    torch.testing.assert_close(y, reference.pixel_norm(x))
+    with pytest.raises(RuntimeError, match="expected a tensor on cuda:1, got one on cuda:0"):
+        torch.ops.edm2.mp_silu_backward(y.detach().to("cuda:0"), x.detach())
+
+
+def test_tensors_on_two_kinds_of_device():
+    x = randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match="mp_silu_modulated: c: expected a tensor on cuda:0"):
+        torch.ops.edm2.mp_silu_modulated(x, torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="mp_silu_backward: grad: expected a tensor on cuda:0"):
+        torch.ops.edm2.mp_silu_backward(torch.ones(2, 3, 4), x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_more_than_two_to_the_31_elements(channels_last: bool):
+    shape = (3, 64, 3345, 3345)  # 2.15e9
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("less than 20 GB of free GPU memory")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.full(shape, 0.5, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+    x[-1, :, -1, -1] = 2
+    last = x[-1:, :, -1:, -5:].contiguous()
+    for function, plain in ((ops.mp_silu, reference.mp_silu), (ops.pixel_norm, reference.pixel_norm)):
+        y = function(x)
+        torch.testing.assert_close(y[-1:, :, -1:, -5:], plain(last))
+        del y
+    c = torch.full(shape[:2], 3.0, device="cuda", dtype=torch.bfloat16)
+    y = ops.mp_silu_modulated(x, c)
+    torch.testing.assert_close(y[-1:, :, -1:, -5:], reference.mp_silu_modulated(last, c[-1:]))
