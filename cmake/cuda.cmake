@@ -1,6 +1,7 @@
 # Decides whether the CUDA kernels are compiled, for which architectures and with which flags, and says so in one line.
 # Sets EDM2_CUDA_ENABLED, EDM2_CUDA_REASON, EDM2_CUDA_VERSION, EDM2_CUDA_FLAGS and CMAKE_CUDA_ARCHITECTURES; enables the language.
 
+include(CheckLanguage)
 set(EDM2_CUDA_ENABLED OFF)
 set(EDM2_CUDA_VERSION "")
 set(EDM2_CUDA_TOOLKIT 0) # 1000 * major + 10 * minor
@@ -64,6 +65,14 @@ function(edm2_cuda_obstacle result)
   set(${result} "nvcc ${EDM2_CUDA_VERSION} knows none of the architectures wanted")
   if(NOT EDM2_CUDA_ARCHS)
     return(PROPAGATE ${result})
+  endif()
+  if(EDM2EXT_CUDA STREQUAL "AUTO") # ON: let the compiler's own message be seen
+    set(ENV{CUDACXX} ${EDM2_NVCC})
+    check_language(CUDA)
+    set(${result} "nvcc ${EDM2_CUDA_VERSION} does not compile")
+    if(NOT CMAKE_CUDA_COMPILER)
+      return(PROPAGATE ${result})
+    endif()
   endif()
   set(${result} "")
   return(PROPAGATE ${result} EDM2_CUDA_VERSION EDM2_CUDA_ARCHS)
