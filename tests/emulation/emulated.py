@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,7 @@ class KernelFault(Exception):
 
 
 def _compiler() -> list[str]:
-    return [shutil.which("g++") or "g++", *_FLAGS, *(_SANITIZERS if SANITIZED else [])]
+    return ["g++", *_FLAGS, *(_SANITIZERS if SANITIZED else [])]
 
 
 def _compile(command: list[str], sources: Sequence[Path], name: str, suffix: str) -> Path:

@@ -2,6 +2,10 @@
 // there to find faults: it looks for barriers that not all threads reach, for shuffles whose mask names lanes that are
 // gone, and for memory that is read before it is written (shared memory starts every block as NaN); the order of
 // threads and blocks can be changed, so that a missing barrier shows.
+//
+// A kernel can be emulated if it is plain CUDA C++: no inline PTX, no cooperative groups, no cub. Dynamic shared memory
+// is declared as `extern __shared__ unsigned char dynamic_shared[];`. What include/cuda_runtime.h does not have yet is
+// added there.
 #pragma once
 
 #include <cstddef>
