@@ -174,9 +174,9 @@ inline Tensor empty(const View& like, const int64_t* sizes, int64_t dim, Format 
   int32_t device_index = 0;
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.tensor.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.tensor.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.tensor.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.tensor.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }

@@ -42,7 +42,7 @@ void run_cuda(const View& x, const char* op, Launch launch) {
   const int32_t device = x.tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = launch(static_cast<CUstream_st*>(stream));
   STD_TORCH_CHECK(error == 0, op, ": ", cuda::error_string(error), " (CUDA error ", error, ")");
 }
