@@ -55,7 +55,10 @@ def _compile(command: list[str], sources: Sequence[Path], name: str, suffix: str
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}{suffix}")
-        subprocess.run([*command, "-o", str(partial)], check=True, timeout=300)
+        environment = {
+            name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+        }  # not into the compiler
+        subprocess.run([*command, "-o", str(partial)], check=True, timeout=300, env=environment)
         partial.replace(target)
     return target
 
