@@ -107,9 +107,9 @@ def build_info() -> dict[str, object]:
     """What was built and loaded, and why.
 
     Keys: `native` (is the library loaded), `reason` (why not, else empty), `library` (its path), `torch` (version
-    running), `cpu_isa` (instruction set of the CPU kernels in use), `cuda` (can the CUDA kernels be used), `cuda_reason`
-    (why not, else empty), `cuda_compiled`, `cuda_toolkit`, `cuda_driver`, `cuda_archs`, and `build`: the facts recorded
-    when the library was built, or why they cannot be read.
+    running), `cpu_isa` (instruction set of the CPU kernels in use), `cuda` (can the CUDA kernels be used),
+    `cuda_reason` (why not, else empty), `cuda_compiled`, `cuda_toolkit`, `cuda_driver`, `cuda_archs`, and `build`: the
+    facts recorded when the library was built, or why they cannot be read.
     """
     build = _C.build_info() if _C else None
     return {

@@ -1,5 +1,8 @@
 #include "edm2/normalize_weight.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -33,14 +36,18 @@ double value_of(const Tensor& gain, const char* op, const char* argument) {
   const View view(gain);
   EDM2_CHECK(view.dim == 0, op, argument, "expected a tensor without dimensions, got shape ", view.shape());
   EDM2_CHECK(gain.is_cpu(), op, argument, "expected a tensor on the CPU");
-  switch (view.scalar_type) {
-    case ScalarType::Float:
-      return *static_cast<const float*>(gain.const_data_ptr());
-    case ScalarType::Double:
-      return *static_cast<const double*>(gain.const_data_ptr());
-    default:
-      EDM2_CHECK(false, op, argument, "expected float32 or float64, got ", to_string(view.scalar_type));
+  const void* data = gain.const_data_ptr();
+  switch (dtype_of(view.scalar_type, op, argument)) {
+    case DType::kFloat32:
+      return *static_cast<const float*>(data);
+    case DType::kFloat64:
+      return *static_cast<const double*>(data);
+    case DType::kFloat16:
+      return static_cast<float>(*static_cast<const torch::headeronly::Half*>(data));
+    case DType::kBFloat16:
+      return static_cast<float>(*static_cast<const torch::headeronly::BFloat16*>(data));
   }
+  return 0;
 }
 
 /// Collects tensors of one dtype for one call of a kernel.
