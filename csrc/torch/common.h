@@ -176,16 +176,16 @@ inline Tensor empty(const View& like, const int64_t* sizes, int64_t dim, Format 
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.tensor.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.tensor.get(), &device_index));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
 /// An uninitialised tensor like the given one, in its format.
 inline Tensor empty_like(const View& like) { return empty(like, like.sizes, like.dim, like.format, like.scalar_type); }
 
-/// Runs kernel(params, begin, end) over [0, items), in parallel where there is enough to do: one thread takes at least
-/// 32 Ki elements, fewer where an element costs more (cost: in units of a multiplication with its loads and store).
+/// Runs kernel(params, begin, end) over [0, items), by several threads only if there are more than 32 Ki elements: less
+/// takes a few microseconds, no more than waking a thread. cost: how much more an element costs than a product with its
+/// loads and store.
 template <class Params>
 void run_cpu(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t items, int64_t elements,
              int64_t cost = 1) {

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_norm(const Tensor& qkv_, int64_t heads, d
   params.q = q.mutable_data_ptr();
   params.k = k.mutable_data_ptr();
   params.v = v.mutable_data_ptr();
-  run_cpu(cpu::qkv_norm, params, cpu::qkv_norm_items(params.shape, heads), qkv.numel, 3);
+  run_cpu(cpu::qkv_norm, params, cpu::qkv_norm_items(params.shape, heads), qkv.numel);
   return {q, k, v};
 }
 
@@ -61,7 +61,7 @@ Tensor qkv_norm_backward(const Tensor& grad_q_, const Tensor& grad_k_, const Ten
   params.grad_v = grad_v.data();
   params.qkv = qkv.data();
   params.grad_qkv = grad_qkv.mutable_data_ptr();
-  run_cpu(cpu::qkv_norm_backward, params, cpu::qkv_norm_items(params.shape, heads), qkv.numel, 4);
+  run_cpu(cpu::qkv_norm_backward, params, cpu::qkv_norm_items(params.shape, heads), qkv.numel);
   return grad_qkv;
 }
 

@@ -56,7 +56,7 @@ Tensor cat(const Tensor& a_, const Tensor& b_, double t, Tensor* out_silu, const
   params.size_b = shape_b.channels * rows.channel_size;
   params.dtype = dtype;
   std::tie(params.weight_a, params.weight_b) = weights_of(t, shape_a.channels, shape_b.channels);
-  run_cpu(cpu::mp_cat, params, a.numel + b.numel, a.numel + b.numel, out_silu != nullptr ? 3 : 1);
+  run_cpu(cpu::mp_cat, params, a.numel + b.numel, a.numel + b.numel, out_silu != nullptr ? 2 : 1);
   return out;
 }
 
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> cat_backward(const View& grad, const View* grad_silu,
   params.size_b = (shape.channels - channels_a) * rows.channel_size;
   params.dtype = dtype;
   std::tie(params.weight_a, params.weight_b) = weights_of(t, channels_a, shape.channels - channels_a);
-  run_cpu(cpu::mp_cat_backward, params, grad.numel, grad.numel, grad_silu != nullptr ? 3 : 1);
+  run_cpu(cpu::mp_cat_backward, params, grad.numel, grad.numel, grad_silu != nullptr ? 2 : 1);
   return {grad_a, grad_b};
 }
 

@@ -31,7 +31,7 @@ Tensor mp_fourier(const Tensor& x_, const Tensor& freqs_, const Tensor& phases_)
   const Tensor y = empty(x, sizes, 2, Format::kContiguous, x.scalar_type);
   const MPFourierParams params{x.data(), freqs.data(), phases.data(), y.mutable_data_ptr(),
                                x.numel,  freqs.numel,  dtype};
-  run_cpu(cpu::mp_fourier, params, x.numel, x.numel * freqs.numel, 8);
+  run_cpu(cpu::mp_fourier, params, x.numel, x.numel * freqs.numel, 2);
   return y;
 }
 
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> mp_fourier_backward(const Tensor& grad_, cons
   if (grad.numel == 0) {  // an empty sum is 0
     return {torch::stable::fill_(grad_x, 0), torch::stable::fill_(grad_freqs, 0), torch::stable::fill_(grad_phases, 0)};
   }
-  run_cpu(cpu::mp_fourier_backward_x, params, x.numel, grad.numel, 8);
-  run_cpu(cpu::mp_fourier_backward_buffers, params, freqs.numel, grad.numel, 8);
+  run_cpu(cpu::mp_fourier_backward_x, params, x.numel, grad.numel, 2);
+  run_cpu(cpu::mp_fourier_backward_buffers, params, freqs.numel, grad.numel, 2);
   const auto as_given = [](const Tensor& grad_buffer, const Tensor& given) {
     const ScalarType type = given.scalar_type();
     return grad_buffer.scalar_type() == type ? grad_buffer : torch::stable::to(grad_buffer, type);

@@ -21,7 +21,7 @@ Tensor mp_silu(const Tensor& x_) {
   MPSiLUParams params{x.data(), nullptr, x.numel, cpu_dtype_of(x, "mp_silu", "x")};
   const Tensor y = empty_like(x);
   params.y = y.mutable_data_ptr();
-  run_cpu(cpu::mp_silu, params, x.numel, x.numel, 2);
+  run_cpu(cpu::mp_silu, params, x.numel, x.numel);
   return y;
 }
 
@@ -32,7 +32,7 @@ Tensor mp_silu_backward(const Tensor& grad, const Tensor& x_) {
   MPSiLUBackwardParams params{grad_y.data(), x.data(), nullptr, x.numel, cpu_dtype_of(x, op, "x")};
   const Tensor grad_x = empty_like(x);
   params.grad_x = grad_x.mutable_data_ptr();
-  run_cpu(cpu::mp_silu_backward, params, x.numel, x.numel, 2);
+  run_cpu(cpu::mp_silu_backward, params, x.numel, x.numel);
   return grad_x;
 }
 
@@ -45,7 +45,7 @@ Tensor mp_silu_modulated(const Tensor& x_, const Tensor& c_) {
   const Tensor y = empty_like(x);
   params.y = y.mutable_data_ptr();
   const int64_t items = shape.batch * (shape.channels_last ? shape.pixels : shape.channels);
-  run_cpu(cpu::mp_silu_modulated, params, items, x.numel, 2);
+  run_cpu(cpu::mp_silu_modulated, params, items, x.numel);
   return y;
 }
 
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const 
   const Tensor grad_c = empty_like(c);
   const MPSiLUModulatedBackwardParams params{
       grad_y.data(), x.data(), c.data(), grad_x.mutable_data_ptr(), grad_c.mutable_data_ptr(), shape, dtype};
-  run_cpu(cpu::mp_silu_modulated_backward, params, cpu::mp_silu_modulated_backward_items(shape), x.numel, 3);
+  run_cpu(cpu::mp_silu_modulated_backward, params, cpu::mp_silu_modulated_backward_items(shape), x.numel);
   return {grad_x, grad_c};
 }
 

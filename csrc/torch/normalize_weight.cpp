@@ -75,7 +75,7 @@ void run(const Batch<WeightRows>& batch, DType dtype, DType out_dtype, double ep
 void run(const Batch<WeightRowsBackward>& batch, DType dtype, DType grad_dtype, double eps) {
   const NormalizeWeightBackwardParams params{
       batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, grad_dtype, eps};
-  run_cpu(cpu::normalize_weight_backward, params, batch.offsets.back(), batch.offsets.back(), 2);
+  run_cpu(cpu::normalize_weight_backward, params, batch.offsets.back(), batch.offsets.back());
 }
 
 void check_one_dtype(const View& first, const View& view, const char* op, const char* argument) {

@@ -15,7 +15,7 @@ void forward(const View& x, const Tensor& y, const Tensor* y_silu, double eps, c
   params.shape = activation_of(x, op, "x");
   params.dtype = cpu_dtype_of(x, op, "x");
   params.eps = eps;
-  run_cpu(cpu::pixel_norm, params, params.shape.batch * params.shape.pixels, x.numel, y_silu != nullptr ? 4 : 2);
+  run_cpu(cpu::pixel_norm, params, params.shape.batch * params.shape.pixels, x.numel, y_silu != nullptr ? 2 : 1);
 }
 
 Tensor backward(const Tensor& grad, const Tensor* grad_silu, const Tensor& x_, double eps, const char* op) {
@@ -32,7 +32,7 @@ Tensor backward(const Tensor& grad, const Tensor* grad_silu, const Tensor& x_, d
   params.x = x.data();
   params.grad_x = grad_x.mutable_data_ptr();
   run_cpu(cpu::pixel_norm_backward, params, params.shape.batch * params.shape.pixels, x.numel,
-          grad_silu != nullptr ? 5 : 3);
+          grad_silu != nullptr ? 2 : 1);
   return grad_x;
 }
 

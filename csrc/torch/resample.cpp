@@ -45,7 +45,7 @@ Tensor resample(const View& x, const Filter& taps, int64_t out_height, int64_t o
   params.y = y.mutable_data_ptr();
   const int64_t numel = params.batch * params.channels * out_height * out_width;
   const int64_t items = params.batch * (params.channels_last ? out_height : params.channels);
-  run_cpu(up ? cpu::resample_up : cpu::resample_down, params, items, up ? numel : x.numel, params.taps > 2 ? 4 : 1);
+  run_cpu(up ? cpu::resample_up : cpu::resample_down, params, items, up ? numel : x.numel, params.taps > 2 ? 2 : 1);
   return y;
 }
 
