@@ -130,21 +130,23 @@ void spread_pixels(const ResampleParams& p, int64_t item) {
 // ---- Any filter: along columns into a padded row, then along the row. Taps: their number if known when compiling,
 // else 0 ----
 
-/// Working memory of a call: a row [taps + width + taps, channels], its padding zero, and an output row. NCHW: channels
-/// = 1.
+/// Working memory of a call: a row [taps + width + taps, channels], its padding zero, an output row, and a row of x of
+/// zeros. NCHW: channels = 1.
 template <class C>
 struct Rows {
   int64_t channels;
   C* memory;
   C* row;
   C* out;
+  C* zeros;
 
   explicit Rows(const ResampleParams& p) : channels(p.channels_last ? p.channels : 1) {
     const int64_t padded = (2 * p.taps + p.width) * channels;
-    memory = static_cast<C*>(std::malloc(static_cast<size_t>(padded + p.out_width * channels) * sizeof(C)));
+    const int64_t size = padded + (p.out_width + p.width) * channels;
+    memory = static_cast<C*>(std::calloc(static_cast<size_t>(size), sizeof(C)));
     row = memory + p.taps * channels;
     out = memory + padded;
-    for (int64_t i = 0; i < padded; ++i) memory[i] = 0;
+    zeros = out + p.out_width * channels;
   }
   ~Rows() { std::free(memory); }
   Rows(const Rows&) = delete;
@@ -153,24 +155,23 @@ struct Rows {
 
 /// Which input the taps of an output position meet. Down: tap k meets input 2 * out + k - half. Up: tap k = phase,
 /// phase + 2, ... meets input (out + half - k) / 2.
-template <bool Up, int Taps>
+template <bool Up>
 struct Axis {
   const double* filter;
-  int64_t taps_;
-  int64_t taps() const { return Taps > 0 ? Taps : taps_; }
-  int64_t half() const { return (taps() - 1) / 2; }
-  int64_t first(int64_t out) const { return Up ? (out + half()) & 1 : 0; }
+  int64_t taps;
   static constexpr int64_t kStep = Up ? 2 : 1;
+  int64_t half() const { return (taps - 1) / 2; }
+  int64_t first(int64_t out) const { return Up ? (out + half()) & 1 : 0; }
   int64_t index(int64_t out, int64_t k) const { return Up ? (out + half() - k) >> 1 : 2 * out + k - half(); }
 };
 
 /// row = the weighted sum of the rows of x [height, size] that output row `out` is made of.
-template <bool Up, int Taps, class T>
-void filter_columns(const Axis<Up, Taps>& axis, const T* x, int64_t height, int64_t size, int64_t out,
+template <bool Up, class T>
+void filter_columns(const Axis<Up>& axis, const T* x, int64_t height, int64_t size, int64_t out,
                     Compute<T>* __restrict row) {
   using C = Compute<T>;
   for (int64_t i = 0; i < size; ++i) row[i] = 0;
-  for (int64_t k = axis.first(out); k < axis.taps(); k += axis.kStep) {
+  for (int64_t k = axis.first(out); k < axis.taps; k += axis.kStep) {
     const int64_t index = axis.index(out, k);
     if (index < 0 || index >= height) continue;
     const T* __restrict from = x + index * size;
@@ -180,16 +181,16 @@ void filter_columns(const Axis<Up, Taps>& axis, const T* x, int64_t height, int6
   }
 }
 
-/// y [out_width, channels] of the padded row [width, channels], a tap at a time.
+/// y [out_width, channels] of the padded row [width, channels].
 template <bool Up, class T>
-void filter_row(const Axis<Up, 0>& axis, const Rows<Compute<T>>& rows, T* __restrict y, int64_t out_width) {
+void filter_row(const Axis<Up>& axis, const Rows<Compute<T>>& rows, T* __restrict y, int64_t out_width) {
   using C = Compute<T>;
   const int64_t channels = rows.channels;
   const int64_t size = out_width * channels;
   C* __restrict out = rows.out;
   for (int64_t i = 0; i < size; ++i) out[i] = 0;
-  for (int64_t phase = 0; phase < (Up ? 2 : 1); ++phase) {
-    for (int64_t k = axis.first(phase); k < axis.taps(); k += axis.kStep) {
+  for (int64_t phase = 0; phase < axis.kStep; ++phase) {
+    for (int64_t k = axis.first(phase); k < axis.taps; k += axis.kStep) {
       const C weight = static_cast<C>(axis.filter[k]);
       for (int64_t o = phase; o < out_width; o += axis.kStep) {
         const C* __restrict from = rows.row + axis.index(o, k) * channels;
@@ -202,55 +203,88 @@ void filter_row(const Axis<Up, 0>& axis, const Rows<Compute<T>>& rows, T* __rest
   for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(out[i]);
 }
 
-/// The same for one channel and a known number of taps.
-template <bool Up, int Taps, class T>
-void filter_row(const Axis<Up, Taps>& axis, const Rows<Compute<T>>& rows, T* __restrict y, int64_t out_width) {
+/// The same two steps for four taps: an output is made of four rows or columns (down), or of two (up), in one loop.
+template <bool Up>
+constexpr int kMet = Up ? 2 : 4;
+
+template <bool Up, class T>
+void filter_columns_of_4(const Axis<Up>& axis, const T* x, int64_t height, int64_t size, int64_t out,
+                         const Rows<Compute<T>>& rows) {
   using C = Compute<T>;
-  const C* __restrict row = rows.row;
-  const auto at = [=](int64_t o) {
+  const T* from[kMet<Up>];
+  C weight[kMet<Up>];
+  for (int q = 0; q < kMet<Up>; ++q) {
+    const int64_t k = axis.first(out) + q * axis.kStep;
+    const int64_t index = axis.index(out, k);
+    from[q] = index >= 0 && index < height ? x + index * size : static_cast<const T*>(static_cast<void*>(rows.zeros));
+    weight[q] = static_cast<C>(axis.filter[k]);
+  }
+  C* __restrict row = rows.row;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
     C v = 0;
-    for (int64_t k = axis.first(o); k < Taps; k += axis.kStep)
-      v += static_cast<C>(axis.filter[k]) * row[axis.index(o, k)];
-    return v;
-  };
-  if constexpr (Up) {
-#pragma omp simd
-    for (int64_t i = 0; i < out_width / 2; ++i) {
-      C even = 0, odd = 0;
-      for (int64_t k = axis.first(0); k < Taps; k += 2)
-        even += static_cast<C>(axis.filter[k]) * row[i + axis.index(0, k)];
-      for (int64_t k = axis.first(1); k < Taps; k += 2)
-        odd += static_cast<C>(axis.filter[k]) * row[i + axis.index(1, k)];
-      y[2 * i] = narrow<T>(even);
-      y[2 * i + 1] = narrow<T>(odd);
-    }
-    if (out_width % 2 != 0) y[out_width - 1] = narrow<T>(at(out_width - 1));
-  } else {
-#pragma omp simd
-    for (int64_t o = 0; o < out_width; ++o) y[o] = narrow<T>(at(o));
+    for (int q = 0; q < kMet<Up>; ++q) v += weight[q] * widen(from[q][i]);
+    row[i] = v;
   }
 }
 
-template <bool Up, int Taps, class T>
-void any_filter(const ResampleParams& p, int64_t begin, int64_t end) {
-  const Axis<Up, Taps> axis{p.filter, p.taps};
-  const Rows<Compute<T>> rows(p);
-  const int64_t first = p.channels_last ? begin : begin * p.out_height;
-  const int64_t last = p.channels_last ? end : end * p.out_height;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t size = p.width * rows.channels;
-    const T* x = as<T>(p.x) + row / p.out_height * p.height * size;
-    filter_columns(axis, x, p.height, size, row % p.out_height, rows.row);
-    filter_row(axis, rows, as<T>(p.y) + row * p.out_width * rows.channels, p.out_width);
+template <bool Up, class T>
+void filter_row_of_4(const Axis<Up>& axis, const Rows<Compute<T>>& rows, T* __restrict y, int64_t out_width) {
+  using C = Compute<T>;
+  const int64_t channels = rows.channels;
+  C weight[axis.kStep][kMet<Up>];
+  const C* from[axis.kStep][kMet<Up>];  // for the first output of either phase
+  for (int64_t phase = 0; phase < axis.kStep; ++phase) {
+    for (int q = 0; q < kMet<Up>; ++q) {
+      const int64_t k = axis.first(phase) + q * axis.kStep;
+      weight[phase][q] = static_cast<C>(axis.filter[k]);
+      from[phase][q] = rows.row + axis.index(phase, k) * channels;
+    }
+  }
+  constexpr int64_t kInStep = Up ? 1 : 2;
+  const auto at = [&](int64_t phase, int64_t i) {
+    C v = 0;
+    for (int q = 0; q < kMet<Up>; ++q) v += weight[phase][q] * from[phase][q][i];
+    return narrow<T>(v);
+  };
+  if (channels > 1) {
+    for (int64_t o = 0; o < out_width; ++o) {
+      const int64_t phase = o % axis.kStep;
+      const int64_t shift = o / axis.kStep * kInStep * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) y[o * channels + c] = at(phase, shift + c);
+    }
+  } else if constexpr (Up) {
+#pragma omp simd
+    for (int64_t i = 0; i < out_width / 2; ++i) {
+      y[2 * i] = at(0, i);
+      y[2 * i + 1] = at(1, i);
+    }
+    if (out_width % 2 != 0) y[out_width - 1] = at(0, out_width / 2);
+  } else {
+#pragma omp simd
+    for (int64_t o = 0; o < out_width; ++o) y[o] = at(0, 2 * o);
   }
 }
 
 template <bool Up, class T>
 void any_filter(const ResampleParams& p, int64_t begin, int64_t end) {
-  if (p.taps == 4 && !p.channels_last) {
-    any_filter<Up, 4, T>(p, begin, end);
-  } else {
-    any_filter<Up, 0, T>(p, begin, end);
+  const Axis<Up> axis{p.filter, p.taps};
+  const Rows<Compute<T>> rows(p);
+  const int64_t size = p.width * rows.channels;
+  const int64_t first = p.channels_last ? begin : begin * p.out_height;
+  const int64_t last = p.channels_last ? end : end * p.out_height;
+  for (int64_t number = first; number < last; ++number) {
+    const int64_t row = number % p.out_height;
+    const T* x = as<T>(p.x) + number / p.out_height * p.height * size;
+    T* y = as<T>(p.y) + number * p.out_width * rows.channels;
+    if (p.taps == 4) {
+      filter_columns_of_4(axis, x, p.height, size, row, rows);
+      filter_row_of_4(axis, rows, y, p.out_width);
+    } else {
+      filter_columns(axis, x, p.height, size, row, rows.row);
+      filter_row(axis, rows, y, p.out_width);
+    }
   }
 }
 
