@@ -55,8 +55,12 @@ def activation(n: int, channels: int, size: int, dtype: torch.dtype, layout: tor
     return torch.randn(n, channels, size, size).to(dtype).to(memory_format=layout)
 
 
-def activation_cases(n: int, channels: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Iterator[Case]:
-    label = f"{n}×{channels}×{size}×{size} {str(dtype).split('.')[1]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+def activation_cases(
+    n: int, channels: int, size: int, dtype: torch.dtype, layout: torch.memory_format
+) -> Iterator[Case]:
+    label = (
+        f"{n}×{channels}×{size}×{size} {str(dtype).split('.')[1]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+    )
     a, b = (activation(n, channels, size, dtype, layout) for _ in range(2))
     c = (torch.randn(n, channels) * 0.1 + 1).to(dtype)
     yield from both_directions(f"pixel_norm {label}", ops.pixel_norm, a)
@@ -70,7 +74,9 @@ def activation_cases(n: int, channels: int, size: int, dtype: torch.dtype, layou
     yield from both_directions(f"resample_down {label}", ops.resample_down, a)
     yield from both_directions(f"resample_up {label}", ops.resample_up, a)
     qkv = activation(n, 3 * channels, size, dtype, layout)
-    yield from both_directions(f"cosine_attention {label}", partial(ops.cosine_attention, num_heads=channels // 32), qkv)
+    yield from both_directions(
+        f"cosine_attention {label}", partial(ops.cosine_attention, num_heads=channels // 32), qkv
+    )
     w = torch.randn(channels, channels, 3, 3)
     yield from both_directions(f"mp_conv2d 3×3 {label}", ops.mp_conv2d, a, w, torch.tensor(0.9))
 
@@ -91,7 +97,9 @@ def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
     largest = max(weights, key=Tensor.numel)
     gains = [torch.tensor(0.9) for _ in weights]
     yield from both_directions(f"normalize_weight {tuple(largest.shape)}", ops.normalize_weight, largest)
-    yield from both_directions(f"effective_weight {tuple(largest.shape)}", ops.effective_weight, largest, torch.tensor(0.9))
+    yield from both_directions(
+        f"effective_weight {tuple(largest.shape)}", ops.effective_weight, largest, torch.tensor(0.9)
+    )
     yield Case(f"effective_weight {label}, forward", forward(ops.effective_weight, weights, gains))
     yield Case(f"force_normalize_ {label}", forward(ops.force_normalize_, [w.clone() for w in weights]))
     emas = [[w.clone() for w in weights] for _ in range(2)]

@@ -1,6 +1,6 @@
 """Native against plain torch on the CPU: every op, and the whole training step, alternating in one process.
 
-    python -m benchmarks.run [--only TEXT] [--threads 2] [--save FILE.md]
+python -m benchmarks.run [--only TEXT] [--threads 2] [--save FILE.md]
 """
 
 import datetime
@@ -17,7 +17,9 @@ from benchmarks.timing import Comparison, compare
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
@@ -43,9 +45,10 @@ def main(only: str, rounds: int, threads: int, save: Path | None) -> None:
     torch.set_num_threads(threads)
     info = edm2ext.build_info()
     lines = [
-        f"{datetime.date.today()}, {cpu_name()}, {threads} threads, kernels: {info['cpu_isa']}, torch {torch.__version__}",
+        f"{datetime.date.today()}, {cpu_name()}, {threads} threads, "
+        f"kernels: {info['cpu_isa']}, torch {torch.__version__}",
         "",
-        "`python -m benchmarks.run`: median time of a call; the ratio is the median over alternating rounds in one process.",
+        "`python -m benchmarks.run`: median time of a call; the ratio is the median over alternating rounds.",
         "",
         "| row | plain torch, µs | native, µs | speed-up |",
         "|---|---:|---:|---:|",

@@ -1,4 +1,4 @@
-"""What `benchmarks.run` times at the level of the whole training step: forward, loss, backward, Adam and EMA of one `Trainer`."""
+"""What `benchmarks.run` times at the level of the whole training step: forward, loss, backward, Adam and EMA."""
 
 import itertools
 from collections.abc import Iterator
@@ -33,7 +33,9 @@ def step_case(name: str, options: TrainOptions, resolution: int, channels: int) 
     labels = torch.eye(10)[torch.arange(options.batch) % 10]
     batches = itertools.repeat((images, labels))
     params = sum(p.numel() for p in training.params) / 1e6
-    return Case(f"training step, {name}, {params:.2f} M parameters, {options.precision}", lambda: training.step(batches))
+    return Case(
+        f"training step, {name}, {params:.2f} M parameters, {options.precision}", lambda: training.step(batches)
+    )
 
 
 def all_cases() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same work side by side in one process, so that a drifting machine cannot favour either."""
+"""Timing two ways of doing the same work side by side, so that a drifting machine cannot favour either."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call of the baseline and the candidate (medians), and the median over rounds of baseline / candidate."""
+    """Seconds per call of baseline and candidate (medians), and the median over rounds of baseline / candidate."""
 
     baseline: float
     candidate: float
