@@ -1,7 +1,7 @@
 """Run a built libedm2_ops.so under whatever torch and Python run this file: `python tests/other_torch.py LIBRARY`.
 
-The library is built once, against torch's stable ABI; this shows that the same file serves another torch. It needs torch
-and nothing else."""
+The library is built once, against the stable ABI of torch; this shows that the same file serves another torch. It needs
+torch and nothing else."""
 
 import platform
 import sys
