@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import io
 import itertools
 import json
@@ -116,7 +117,7 @@ def open_encoder(facts: dict[str, Any]) -> Encoder:
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 
-class Dataset:
+class Dataset(abc.ABC):
     """Images of one shape with optional labels. Sub-classes say how item i is read.
 
     Attributes: ``name``, ``num_images``, ``channels`` (as stored), ``resolution``, ``label_dim`` (0 = no labels) and
@@ -140,12 +141,13 @@ class Dataset:
         self.shape = first.shape
         self.in_memory: tuple[Tensor, Tensor] | None = None
 
+    @abc.abstractmethod
     def _count(self) -> int:
-        raise NotImplementedError
+        """Number of images."""
 
+    @abc.abstractmethod
     def read(self, index: int) -> np.ndarray:
         """The stored array [C, H, W] of one image."""
-        raise NotImplementedError
 
     def label(self, index: int) -> np.ndarray:
         """Label of one image as float32 [label_dim]: one-hot for class labels, the vector itself otherwise."""
