@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gc
+import importlib
+import inspect
 import json
 import math
 import os
@@ -83,10 +86,14 @@ def open_world(device: str | None = None) -> Iterator[World]:
     if size == 1:
         yield World(device=chosen)
         return
+    # DDP imports this. After init_process_group the import would hold the group until the interpreter ends, whose
+    # end its threads do not always survive: "terminate called without an active exception".
+    importlib.import_module("torch._dynamo")
     torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)
     finally:
+        gc.collect()  # what is left of DDP holds the group too
         torch.distributed.destroy_process_group()
 
 
@@ -131,7 +138,10 @@ class Trainer:
             for buffer in net.buffers():
                 torch.distributed.broadcast(buffer, src=0)  # once; DDP would do it in every forward
             devices = [self.world.device] if self.world.device.type == "cuda" else None
-            self.ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+            ddp = torch.nn.parallel.DistributedDataParallel
+            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
+            no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            self.ddp = ddp(net, device_ids=devices, **no_sync)
         self.ema = PowerEMA(self.params, options.sigma_rels)
         self.nimg = 0
         self.lr = 0.0

@@ -447,6 +447,7 @@ def test_two_processes(tmp_path: Path) -> None:
         arguments = [*command(tmp_path / "run")[1:], "--batch-gpu", "16", "--duration", "2Ki"]
         done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "Warning" not in done.stderr, done.stderr
         return final_files(tmp_path / "run")
 
     whole = torchrun()
@@ -454,3 +455,26 @@ def test_two_processes(tmp_path: Path) -> None:
     assert whole["stats"][-1][1] < whole["stats"][0][1]
     checkpoint.list_states(tmp_path / "run")[0].unlink()
     assert same(torchrun(), whole)
+
+
+_WORLD_THAT_ENDS = """
+import sys
+from pathlib import Path
+from python_train import config, data, loop
+
+options = config.make_options("digits", model_channels=8, num_blocks=1, batch=32, duration=64)
+with loop.open_world("cpu") as world:
+    loop.train(options, data.open_dataset(options.data), sys.argv[1], world)
+names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+sys.exit(" ".join(name for name in names if "gloo" in name) or None)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists the threads of a process by /proc")
+def test_no_thread_of_the_process_group_is_left(tmp_path: Path) -> None:
+    """One that is alive when the interpreter ends may abort the process."""
+    (tmp_path / "script.py").write_text(_WORLD_THAT_ENDS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [str(tmp_path / "script.py"), str(tmp_path / "run")]
+    done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
