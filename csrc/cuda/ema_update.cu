@@ -1,5 +1,7 @@
 #include "edm2/ema_update.h"
 
+#include <numeric>
+
 #include "ema_update.cuh"
 #include "launch.h"
 
@@ -26,7 +28,10 @@ cudaError_t update_profiles(const EMAUpdateParams& params, int64_t first, int64_
   for (int64_t t = 0; t < params.num_tensors; ++t) {
     if (params.tensors[t].numel > 0) append(&table, params.tensors[t], first);
     if (table.tensors < capacity && t + 1 < params.num_tensors) continue;
-    const cudaError_t error = launch(ema_update_chunks, table.first_chunk[table.tensors], kThreads, stream, table);
+    const int64_t numel = std::accumulate(table.numel, table.numel + table.tensors, int64_t{0});
+    const Traffic traffic{4 * numel * (1 + table.profiles), 4 * numel * table.profiles};
+    const cudaError_t error =
+        launch(ema_update_chunks, table.first_chunk[table.tensors], kThreads, stream, traffic, table);
     if (error != cudaSuccess) return error;
     table.tensors = 0;
   }

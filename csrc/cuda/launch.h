@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "edm2/common.h"
+#include "edm2/traffic.h"
 
 namespace edm2::cuda {
 
@@ -28,13 +29,23 @@ inline int lanes_for(int64_t packs) {
   return lanes;
 }
 
-/// Starts `kernel` on as many blocks as `work` needs, at most a few waves: every kernel strides over the grid.
+/// Bytes that all parameters of a kernel may take (CUDA 12.1 and later, sm_70 and later).
+inline constexpr size_t kParameterLimit = 32764;
+
+/// Starts `kernel` on as many blocks as `work` needs, at most a few waves: every kernel strides over the grid. On
+/// the counting stream, counts it and its traffic instead.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t work, dim3 threads, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), int64_t work, dim3 threads, cudaStream_t stream, Traffic traffic,
                    const Arguments&... arguments) {
-  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "the limit on kernel parameters");
+  static_assert((sizeof(Parameters) + ... + 0) <= kParameterLimit);
   constexpr int64_t kBlocksPerMultiprocessor = 32;
   if (work <= 0) return cudaSuccess;
+  if (stream == counting_stream()) {
+    ++tally.launches;
+    tally.read += traffic.read;
+    tally.written += traffic.written;
+    return cudaSuccess;
+  }
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -8,15 +8,17 @@ namespace {
 
 template <typename T>
 cudaError_t forward(const MPSiLUParams& params, cudaStream_t stream) {
-  return launch(mp_silu_elements<T>, ceil_div(params.numel, kPack<T> * kThreads), kThreads, stream,
+  const int64_t bytes = params.numel * int64_t{sizeof(T)};
+  return launch(mp_silu_elements<T>, ceil_div(params.numel, kPack<T> * kThreads), kThreads, stream, {bytes, bytes},
                 static_cast<const T*>(params.x), static_cast<T*>(params.y), params.numel);
 }
 
 template <typename T>
 cudaError_t backward(const MPSiLUBackwardParams& params, cudaStream_t stream) {
+  const int64_t bytes = params.numel * int64_t{sizeof(T)};
   return launch(mp_silu_backward_elements<T>, ceil_div(params.numel, kPack<T> * kThreads), kThreads, stream,
-                static_cast<const T*>(params.grad_y), static_cast<const T*>(params.x), static_cast<T*>(params.grad_x),
-                params.numel);
+                {2 * bytes, bytes}, static_cast<const T*>(params.grad_y), static_cast<const T*>(params.x),
+                static_cast<T*>(params.grad_x), params.numel);
 }
 
 /// Block shape and number of tiles for columns of `n` channels: at most a warp across, evenly.
@@ -51,18 +53,21 @@ cudaError_t modulated(const MPSiLUModulatedParams& params, cudaStream_t stream) 
   auto* y = static_cast<T*>(params.y);
   const auto& [batch, channels, pixels, channels_last] = params.shape;
   if (batch * channels * pixels == 0) return cudaSuccess;
+  const int64_t bytes = batch * channels * pixels * int64_t{sizeof(T)};
+  const Traffic traffic{bytes + batch * channels * int64_t{sizeof(T)}, bytes};
   if (!channels_last) {
     const PlanePlan plan(params.shape, kPack<T>);
-    return launch(mp_silu_modulated_planes<T>, plan.work(), kThreads, stream, x, c, y, plan.chunks, pixels, plan.lanes);
+    return launch(mp_silu_modulated_planes<T>, plan.work(), kThreads, stream, traffic, x, c, y, plan.chunks, pixels,
+                  plan.lanes);
   }
   if (channels % kPack<T> == 0 && all_aligned(x, c, y)) {
     const TilePlan plan(params.shape, kPack<T>);
-    return launch(mp_silu_modulated_columns<T, kPack<T>>, plan.tiles, plan.threads, stream, x, c, y, plan.tiles,
-                  channels, pixels);
+    return launch(mp_silu_modulated_columns<T, kPack<T>>, plan.tiles, plan.threads, stream, traffic, x, c, y,
+                  plan.tiles, channels, pixels);
   }
   const TilePlan plan(params.shape, 1);
-  return launch(mp_silu_modulated_columns<T, 1>, plan.tiles, plan.threads, stream, x, c, y, plan.tiles, channels,
-                pixels);
+  return launch(mp_silu_modulated_columns<T, 1>, plan.tiles, plan.threads, stream, traffic, x, c, y, plan.tiles,
+                channels, pixels);
 }
 
 template <typename T>
@@ -77,24 +82,27 @@ cudaError_t modulated_backward(const MPSiLUModulatedBackwardParams& params, floa
   if (count == 0) return cudaSuccess;
   const int64_t chunks = channels_last ? count_chunks<true>(pixels) : count_chunks<false>(pixels);
   const ChunkSums<T> sums{chunks > 1 ? workspace : nullptr, grad_c, count};
+  const int64_t bytes = count * pixels * int64_t{sizeof(T)};
+  const int64_t sums_bytes = chunks > 1 ? chunks * count * 4 : count * int64_t{sizeof(T)};
+  const Traffic traffic{2 * bytes + count * int64_t{sizeof(T)}, bytes + sums_bytes};
 
   cudaError_t error = cudaSuccess;
   if (!channels_last) {
     const PlanePlan plan(params.shape, kPack<T>);
-    error = launch(mp_silu_modulated_backward_planes<T>, plan.work(), kThreads, stream, grad_y, x, c, grad_x, sums,
-                   plan.chunks, pixels, plan.lanes);
+    error = launch(mp_silu_modulated_backward_planes<T>, plan.work(), kThreads, stream, traffic, grad_y, x, c, grad_x,
+                   sums, plan.chunks, pixels, plan.lanes);
   } else if (channels % kPack<T> == 0 && all_aligned(grad_y, x, c, grad_x)) {
     const TilePlan plan(params.shape, kPack<T>);
-    error = launch(mp_silu_modulated_backward_columns<T, kPack<T>>, plan.tiles, plan.threads, stream, grad_y, x, c,
-                   grad_x, sums, plan.tiles, channels, pixels);
+    error = launch(mp_silu_modulated_backward_columns<T, kPack<T>>, plan.tiles, plan.threads, stream, traffic, grad_y,
+                   x, c, grad_x, sums, plan.tiles, channels, pixels);
   } else {
     const TilePlan plan(params.shape, 1);
-    error = launch(mp_silu_modulated_backward_columns<T, 1>, plan.tiles, plan.threads, stream, grad_y, x, c, grad_x,
-                   sums, plan.tiles, channels, pixels);
+    error = launch(mp_silu_modulated_backward_columns<T, 1>, plan.tiles, plan.threads, stream, traffic, grad_y, x, c,
+                   grad_x, sums, plan.tiles, channels, pixels);
   }
   if (error != cudaSuccess || chunks == 1) return error;
   return launch(mp_silu_modulated_add_chunks<T>, ceil_div(count, kThreads), kThreads, stream,
-                static_cast<const float*>(workspace), grad_c, chunks, count);
+                {sums_bytes, count * int64_t{sizeof(T)}}, static_cast<const float*>(workspace), grad_c, chunks, count);
 }
 
 }  // namespace

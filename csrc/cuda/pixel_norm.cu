@@ -32,26 +32,30 @@ cudaError_t forward(const PixelNormParams& params, cudaStream_t stream) {
   const auto eps = static_cast<float>(params.eps);
   if (batch * channels * pixels == 0) return cudaSuccess;
   const bool aligned = all_aligned(x, y, y_silu);
+  const int64_t bytes = batch * channels * pixels * int64_t{sizeof(T)};
+  const Traffic traffic{bytes, y_silu == nullptr ? bytes : 2 * bytes};
 
   if (!channels_last) {
     if (aligned && pixels % N == 0) {
       const int64_t strips = count_strips<N>(params.shape);
-      return launch(pixel_norm_planes<T, N>, strips, kThreads, stream, x, y, y_silu, strips, channels, pixels, eps);
+      return launch(pixel_norm_planes<T, N>, strips, kThreads, stream, traffic, x, y, y_silu, strips, channels, pixels,
+                    eps);
     }
     const int64_t strips = count_strips<1>(params.shape);
-    return launch(pixel_norm_planes<T, 1>, strips, kThreads, stream, x, y, y_silu, strips, channels, pixels, eps);
+    return launch(pixel_norm_planes<T, 1>, strips, kThreads, stream, traffic, x, y, y_silu, strips, channels, pixels,
+                  eps);
   }
 
   const int64_t rows = batch * pixels;
   const int lanes = lanes_for(channels / N);
   const int64_t packs_per_lane = ceil_div(channels / N, lanes);
   if (!aligned || channels % N != 0 || packs_per_lane > kMostPacksPerLane) {
-    return launch(pixel_norm_long_rows<T>, ceil_div(rows * kWarpSize, kThreads), kThreads, stream, x, y, y_silu, rows,
-                  channels, eps);
+    return launch(pixel_norm_long_rows<T>, ceil_div(rows * kWarpSize, kThreads), kThreads, stream, traffic, x, y,
+                  y_silu, rows, channels, eps);
   }
   return dispatch_packs(packs_per_lane, [&](auto packs) {
-    return launch(pixel_norm_rows<T, packs>, ceil_div(rows * lanes, kThreads), kThreads, stream, x, y, y_silu, rows,
-                  static_cast<int>(channels), lanes, eps);
+    return launch(pixel_norm_rows<T, packs>, ceil_div(rows * lanes, kThreads), kThreads, stream, traffic, x, y, y_silu,
+                  rows, static_cast<int>(channels), lanes, eps);
   });
 }
 
@@ -66,16 +70,18 @@ cudaError_t backward(const PixelNormBackwardParams& params, cudaStream_t stream)
   const auto eps = static_cast<float>(params.eps);
   if (batch * channels * pixels == 0) return cudaSuccess;
   const bool aligned = all_aligned(grad_y, grad_silu, x, grad_x);
+  const int64_t bytes = batch * channels * pixels * int64_t{sizeof(T)};
+  const Traffic traffic{kSiLU ? 3 * bytes : 2 * bytes, bytes};
 
   if (!channels_last) {
     if (aligned && pixels % N == 0) {
       const int64_t strips = count_strips<N>(params.shape);
-      return launch(pixel_norm_backward_planes<T, N, kSiLU>, strips, kThreads, stream, grad_y, grad_silu, x, grad_x,
-                    strips, channels, pixels, eps);
+      return launch(pixel_norm_backward_planes<T, N, kSiLU>, strips, kThreads, stream, traffic, grad_y, grad_silu, x,
+                    grad_x, strips, channels, pixels, eps);
     }
     const int64_t strips = count_strips<1>(params.shape);
-    return launch(pixel_norm_backward_planes<T, 1, kSiLU>, strips, kThreads, stream, grad_y, grad_silu, x, grad_x,
-                  strips, channels, pixels, eps);
+    return launch(pixel_norm_backward_planes<T, 1, kSiLU>, strips, kThreads, stream, traffic, grad_y, grad_silu, x,
+                  grad_x, strips, channels, pixels, eps);
   }
 
   const int64_t rows = batch * pixels;
@@ -83,11 +89,11 @@ cudaError_t backward(const PixelNormBackwardParams& params, cudaStream_t stream)
   const int64_t packs_per_lane = ceil_div(channels / N, lanes);
   if (!aligned || channels % N != 0 || packs_per_lane > kMostPacksPerLane) {
     return launch(pixel_norm_backward_long_rows<T, kSiLU>, ceil_div(rows * kWarpSize, kThreads), kThreads, stream,
-                  grad_y, grad_silu, x, grad_x, rows, channels, eps);
+                  traffic, grad_y, grad_silu, x, grad_x, rows, channels, eps);
   }
   return dispatch_packs(packs_per_lane, [&](auto packs) {
-    return launch(pixel_norm_backward_rows<T, packs, kSiLU>, ceil_div(rows * lanes, kThreads), kThreads, stream, grad_y,
-                  grad_silu, x, grad_x, rows, static_cast<int>(channels), lanes, eps);
+    return launch(pixel_norm_backward_rows<T, packs, kSiLU>, ceil_div(rows * lanes, kThreads), kThreads, stream,
+                  traffic, grad_y, grad_silu, x, grad_x, rows, static_cast<int>(channels), lanes, eps);
   });
 }
 

@@ -29,6 +29,19 @@ inline std::string to_string(const int64_t* sizes, int64_t dim) {
 
 inline const char* to_string(ScalarType type) { return torch::headeronly::toString(type); }
 
+inline bool is_meta(const Tensor& t) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type == aoti_torch_device_type_meta();
+}
+
+/// Where the elements are. Kernels take null for "not wanted", so a meta tensor, whose elements are nowhere, gets
+/// another address.
+inline void* address(const Tensor& t) {
+  void* const pointer = t.mutable_data_ptr();
+  return pointer == nullptr && is_meta(t) ? reinterpret_cast<void*>(uintptr_t{4096}) : pointer;
+}
+
 constexpr int64_t kMaxDim = 8;
 
 /// Memory formats the kernels know. A tensor of one pixel per sample counts as contiguous.
@@ -45,7 +58,7 @@ struct View {
 
   explicit View(const Tensor& t);
 
-  void* data() const { return tensor.mutable_data_ptr(); }
+  void* data() const { return address(tensor); }
   bool same_shape(const View& other) const {
     if (dim != other.dim) return false;
     for (int64_t i = 0; i < dim; ++i) {

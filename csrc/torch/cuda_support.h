@@ -7,6 +7,7 @@
 
 #include "common.h"
 #include "edm2/cuda_error.h"
+#include "edm2/traffic.h"
 
 // Declared in torch's header for CUDA builds only. The stable API has streams from torch 2.13.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -35,9 +36,15 @@ inline DType cuda_dtype_of(const View& view, const char* op, const char* argumen
   return dtype;
 }
 
-/// Calls launch(stream), which returns a cudaError_t, with x's GPU current and the stream that is current there.
+/// Calls launch(stream), which returns a cudaError_t, with x's GPU current and the stream that is current there. For a
+/// meta tensor, its launches are counted.
 template <class Launch>
 void run_cuda(const View& x, const char* op, Launch launch) {
+  if (is_meta(x.tensor)) {
+    const int error = launch(cuda::counting_stream());
+    STD_TORCH_CHECK(error == 0, op, ": error ", error, " before the launch");
+    return;
+  }
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch is built without CUDA");
   const int32_t device = x.tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -45,6 +52,12 @@ void run_cuda(const View& x, const char* op, Launch launch) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = launch(static_cast<CUstream_st*>(stream));
   STD_TORCH_CHECK(error == 0, op, ": ", cuda::error_string(error), " (CUDA error ", error, ")");
+}
+
+/// An uninitialised fp32 tensor on x's GPU for what a kernel keeps between its launches.
+inline Tensor workspace(const View& x, int64_t floats) {
+  if (is_meta(x.tensor)) cuda::tally.workspace += 4 * floats;
+  return empty(x, &floats, 1, Format::kContiguous, ScalarType::Float);
 }
 
 }  // namespace edm2::torch_ops

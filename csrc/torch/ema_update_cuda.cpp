@@ -41,7 +41,7 @@ void ema_update_(const Tensors& emas, const Tensors& params_, const std::vector<
   run_cuda(params.front(), op, [&](CUstream_st* stream) { return cuda::launch_ema_update(call, stream); });
   for (size_t i = 0; i < emas.size(); ++i) {
     Tensor target = emas[i];
-    if (target.data_ptr() != averages[i].data()) torch::stable::copy_(target, averages[i].tensor);
+    if (address(target) != averages[i].data()) torch::stable::copy_(target, averages[i].tensor);
   }
 }
 

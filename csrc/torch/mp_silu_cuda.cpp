@@ -21,7 +21,7 @@ Tensor mp_silu(const Tensor& x_) {
   const View x = dense(x_);
   MPSiLUParams params{x.data(), nullptr, x.numel, cuda_dtype_of(x, op, "x")};
   const Tensor y = empty_like(x);
-  params.y = y.mutable_data_ptr();
+  params.y = address(y);
   run_cuda(x, op, [&](CUstream_st* stream) { return cuda::launch_mp_silu(params, stream); });
   return y;
 }
@@ -32,7 +32,7 @@ Tensor mp_silu_backward(const Tensor& grad, const Tensor& x_) {
   const View grad_y = gradient_on_gpu(grad, x, op, "grad");
   MPSiLUBackwardParams params{grad_y.data(), x.data(), nullptr, x.numel, cuda_dtype_of(x, op, "x")};
   const Tensor grad_x = empty_like(x);
-  params.grad_x = grad_x.mutable_data_ptr();
+  params.grad_x = address(grad_x);
   run_cuda(x, op, [&](CUstream_st* stream) { return cuda::launch_mp_silu_backward(params, stream); });
   return grad_x;
 }
@@ -44,7 +44,7 @@ Tensor mp_silu_modulated(const Tensor& x_, const Tensor& c_) {
   const View c = modulation(c_, x, shape, op);
   MPSiLUModulatedParams params{x.data(), c.data(), nullptr, shape, cuda_dtype_of(x, op, "x")};
   const Tensor y = empty_like(x);
-  params.y = y.mutable_data_ptr();
+  params.y = address(y);
   run_cuda(x, op, [&](CUstream_st* stream) { return cuda::launch_mp_silu_modulated(params, stream); });
   return y;
 }
@@ -59,11 +59,11 @@ std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const 
   const int64_t floats = cuda::mp_silu_modulated_backward_workspace(shape);
   const Tensor grad_x = empty_like(x);
   const Tensor grad_c = empty_like(c);
-  const Tensor workspace = empty(x, &floats, 1, Format::kContiguous, ScalarType::Float);
-  const MPSiLUModulatedBackwardParams params{
-      grad_y.data(), x.data(), c.data(), grad_x.mutable_data_ptr(), grad_c.mutable_data_ptr(), shape, dtype};
+  const Tensor partial = workspace(x, floats);
+  const MPSiLUModulatedBackwardParams params{grad_y.data(),   x.data(), c.data(), address(grad_x),
+                                             address(grad_c), shape,    dtype};
   run_cuda(x, op, [&](CUstream_st* stream) {
-    return cuda::launch_mp_silu_modulated_backward(params, static_cast<float*>(workspace.mutable_data_ptr()), stream);
+    return cuda::launch_mp_silu_modulated_backward(params, static_cast<float*>(address(partial)), stream);
   });
   return {grad_x, grad_c};
 }

@@ -16,8 +16,8 @@ Tensor forward(const Tensor& x_, Tensor* y_silu, double eps, const char* op) {
   const Tensor y = empty_like(x);
   if (y_silu != nullptr) *y_silu = empty_like(x);
   params.x = x.data();
-  params.y = y.mutable_data_ptr();
-  params.y_silu = y_silu != nullptr ? y_silu->mutable_data_ptr() : nullptr;
+  params.y = address(y);
+  params.y_silu = y_silu != nullptr ? address(*y_silu) : nullptr;
   run_cuda(x, op, [&](CUstream_st* stream) { return cuda::launch_pixel_norm(params, stream); });
   return y;
 }
@@ -34,7 +34,7 @@ Tensor backward(const Tensor& grad, const Tensor* grad_silu, const Tensor& x_, d
   params.grad_y = grad_y.data();
   params.grad_silu = grad_silu != nullptr ? grad_s.data() : nullptr;
   params.x = x.data();
-  params.grad_x = grad_x.mutable_data_ptr();
+  params.grad_x = address(grad_x);
   run_cuda(x, op, [&](CUstream_st* stream) { return cuda::launch_pixel_norm_backward(params, stream); });
   return grad_x;
 }
