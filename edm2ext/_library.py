@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 import torch
 
 LIBRARY_NAME = "libedm2_ops.so"
-_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "CUDA"}
 
 
 def _find() -> Path | None:
@@ -82,9 +83,83 @@ def cuda_obstacle() -> str:
     return ""
 
 
+def _compiled_archs() -> tuple[str, ...]:
+    """GPU architectures of the CUDA kernels in the library, such as "80" or "90a"."""
+    if not LOADED:
+        return ()
+    function = ctypes.CDLL(str(PATH)).edm2_cuda_architectures
+    function.restype = ctypes.c_char_p
+    return tuple(filter(None, function().decode().split(",")))
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for sm_`arch` runs on a GPU of the given compute capability; the library holds no PTX.
+
+    Code runs on its own and later revisions of the same generation (but not on Tegra's, which stand apart), with suffix
+    "a" on that revision only.
+    """
+    match = re.fullmatch(r"(\d+)(\d)([af]?)", arch)
+    if match is None:
+        return False
+    own = int(match[1]), int(match[2])
+    if own == capability:
+        return True
+    tegra = {(8, 7), (10, 1), (11, 0)}
+    return match[3] != "a" and own[0] == capability[0] and own[1] < capability[1] and not tegra & {own, capability}
+
+
+@functools.cache
+def _capabilities() -> tuple[tuple[int, int], ...]:
+    """Compute capability of every GPU that this process sees. Asks the driver, which makes no context for that."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count, device, number = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    found = []
+    for index in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        numbers = []
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+            numbers.append(number.value)
+        found.append((numbers[0], numbers[1]))
+    return tuple(found)
+
+
+def gpu_obstacle(index: int) -> str:
+    """Why the kernels cannot run on the GPU of that index, given that CUDA kernels can be used; empty if they can."""
+    capabilities = _capabilities()
+    if index >= len(capabilities):
+        return f"the driver knows no GPU {index}"
+    own, archs = capabilities[index], _compiled_archs()
+    if any(_runs_on(arch, own) for arch in archs):
+        return ""
+    return f"cuda:{index} has compute capability {_dotted(own)}, the library kernels for {', '.join(archs)}"
+
+
+_runs_on_gpu: dict[int, bool] = {}
+
+
+def runs_on_gpu(index: int) -> bool:
+    """Whether the library holds code for the GPU of that index. Asked once for each."""
+    if index not in _runs_on_gpu:
+        _runs_on_gpu[index] = not gpu_obstacle(index)
+    return _runs_on_gpu[index]
+
+
+# What torch.compiler.assume_constant_result does without importing the compiler, which calls it and keeps the answer.
+runs_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def has_kernel(op: str, device: str) -> bool:
-    """Whether the native op has a kernel for a device type ("cpu" or "cuda") that can be used in this process."""
+    """Whether the native op has a kernel for a device type that can be used in this process.
+
+    "cpu", "cuda", or "meta": whether the library holds a CUDA kernel at all.
+    """
     if not LOADED or device not in _DISPATCH_KEYS or (device == "cuda" and cuda_obstacle()):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::{op}", _DISPATCH_KEYS[device])
@@ -103,13 +178,20 @@ def _cpu_isa() -> str:
         return str(error)
 
 
+def _cuda_reason() -> str:
+    """Why the CUDA kernels cannot be used in this process, on none of its GPUs; empty if they can."""
+    reasons = [gpu_obstacle(index) for index in range(len(_capabilities()))] if not cuda_obstacle() else []
+    return cuda_obstacle() or ("; ".join(reasons) if all(reasons) else "")
+
+
 def build_info() -> dict[str, object]:
     """What was built and loaded, and why.
 
     Keys: `native` (is the library loaded), `reason` (why not, else empty), `library` (its path), `torch` (version
     running), `cpu_isa` (instruction set of the CPU kernels in use), `cuda` (can the CUDA kernels be used),
-    `cuda_reason` (why not, else empty), `cuda_compiled`, `cuda_toolkit`, `cuda_driver`, `cuda_archs`, and `build`: the
-    facts recorded when the library was built, or why they cannot be read.
+    `cuda_reason` (why not, else empty), `cuda_compiled`, `cuda_toolkit`, `cuda_driver`, `cuda_archs`, `cuda_gpus` (for
+    every GPU of this process why the kernels cannot run on it: an empty string where they can), and `build`: the facts
+    recorded when the library was built, or why they cannot be read.
     """
     build = _C.build_info() if _C else None
     return {
@@ -118,11 +200,12 @@ def build_info() -> dict[str, object]:
         "library": str(PATH) if PATH else None,
         "torch": torch.__version__,
         "cpu_isa": _cpu_isa(),
-        "cuda": not cuda_obstacle(),
-        "cuda_reason": cuda_obstacle(),
+        "cuda": not _cuda_reason(),
+        "cuda_reason": _cuda_reason(),
         "cuda_compiled": _toolkit_version() is not None,
         "cuda_toolkit": _dotted(_toolkit_version()),
         "cuda_driver": _dotted(_driver_version()),
-        "cuda_archs": build["cuda_archs"] if build else None,
+        "cuda_archs": ";".join(_compiled_archs()) or None,
+        "cuda_gpus": {f"cuda:{i}": cuda_obstacle() or gpu_obstacle(i) for i in range(len(_capabilities()))},
         "build": build if build else f"edm2ext._C: {_C_REASON}",
     }

@@ -81,10 +81,15 @@ def fake(name: str) -> Callable[[_Function], _Function]:
 
 
 class Kernels(NamedTuple):
-    """The devices for which all native ops of a function have kernels."""
+    """The devices for which all native ops of a function have kernels.
+
+    `cuda`: that can be used in this process. `meta`: CUDA kernels in the library, usable or not: meta tensors take the
+    path that a CUDA tensor would take where they are.
+    """
 
     cpu: bool
     cuda: bool
+    meta: bool
 
 
 def kernels(*names: str) -> Kernels:
@@ -93,14 +98,19 @@ def kernels(*names: str) -> Kernels:
 
 
 def native(x: Tensor, where: Kernels) -> bool:
-    """Whether native kernels serve a call on x, given where they exist. Meta tensors count as CUDA.
+    """Whether native kernels serve a call on x, given where they exist: not on a GPU for which none were compiled.
 
     Forward-mode AD and functorch transforms need formulas that torch can look into: outside of torch.compile, which
     differentiates by itself, they take the reference.
     """
     if _backend == "reference":
         return False
-    served = where.cpu if x.is_cpu else where.cuda and x.device.type in ("cuda", "meta")
+    if x.is_cpu:
+        served = where.cpu
+    elif x.is_cuda:
+        served = where.cuda and _library.runs_on_gpu(x.get_device())
+    else:
+        served = where.meta and x.is_meta
     return served and x.dtype in dtypes(x) and not transforming()
 
 

@@ -205,7 +205,7 @@ class Precond(torch.nn.Module):
 
     ``unet_kwargs`` go to :class:`UNet`. ``config`` records the constructor's arguments; ``Precond(**net.config)``
     builds the same network. ``compute_dtype`` is the dtype of the U-Net's main path: float16 with ``use_fp16``, else
-    float32; training in bfloat16 sets it. float16 falls back to float32 where the device is not CUDA.
+    float32; training in bfloat16 sets it. float16 falls back to float32 on a CPU.
     ``memory_format`` is that of the U-Net's activations: every layer keeps its input's. (Measured on a CPU:
     channels_last saves a tenth of a training step with native kernels, and nothing without; weights stay contiguous.)
     """
@@ -264,7 +264,7 @@ class Precond(torch.nn.Module):
         c_noise = sigma.flatten().log() / 4
 
         dtype = self.compute_dtype
-        if force_fp32 or (dtype == torch.float16 and x.device.type != "cuda"):
+        if force_fp32 or (dtype == torch.float16 and x.device.type not in ("cuda", "meta")):
             dtype = torch.float32
         F_x = self.unet((c_in * x).to(dtype, memory_format=self.memory_format), c_noise, class_labels)
         D_x = c_skip * x + c_out * F_x.to(torch.float32, memory_format=torch.contiguous_format)

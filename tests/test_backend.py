@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import edm2ext
-from edm2ext import _library, ops, reference
+from edm2ext import _library, backend, ops, reference
 
 
 class Recorder(TorchDispatchMode):
@@ -117,6 +117,73 @@ def test_meta_tensors_need_no_cuda_kernels() -> None:
     assert ops.pixel_norm(x).shape == x.shape
     assert ops.cosine_attention(x, 1).shape == (2, 2, 4, 4)
     assert ops.mp_cat(x, x, silu=True)[1].shape == (2, 12, 4, 4)
+
+
+def test_meta_tensors_take_the_path_of_cuda_tensors() -> None:
+    """Where the library holds a CUDA kernel, whether or not it could run here."""
+    x = torch.empty(2, 6, 4, 4, device="meta", dtype=torch.float16, requires_grad=True)
+    with Recorder() as recorder:
+        ops.pixel_norm(x).sum().backward()
+    compiled = edm2ext.build_info()["cuda_compiled"]
+    assert recorder.ops == ({"pixel_norm", "pixel_norm_backward"} if compiled else set())
+    with Recorder() as recorder:
+        ops.pixel_norm(x.double())
+    assert recorder.ops == set()
+
+
+# ---- GPUs for which nothing was compiled ----
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs", "fails"),
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (8, 7), (9, 0)]),
+        ("86", [(8, 6), (8, 9)], [(8, 0), (8, 7)]),
+        ("90a", [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+        ("100a", [(10, 0)], [(10, 1), (10, 3), (12, 0)]),
+        ("100f", [(10, 0), (10, 3)], [(11, 0), (12, 0)]),
+        ("120", [(12, 0), (12, 1)], [(10, 0)]),
+        ("87", [(8, 7)], [(8, 9)]),
+    ],
+)
+def test_which_gpu_runs_which_code(arch: str, runs: list[tuple[int, int]], fails: list[tuple[int, int]]) -> None:
+    assert all(_library._runs_on(arch, capability) for capability in runs)
+    assert not any(_library._runs_on(arch, capability) for capability in fails)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that sees two GPUs, of which the library knows the second."""
+    monkeypatch.setattr(_library, "_capabilities", lambda: ((8, 9), (9, 0)))
+    monkeypatch.setattr(_library, "_compiled_archs", lambda: ("80a", "90a"))
+    monkeypatch.setattr(_library, "cuda_obstacle", lambda: "")
+    monkeypatch.setattr(_library, "_runs_on_gpu", {})
+
+
+class OnGPU:
+    """As much of a CUDA tensor as the choice of backend looks at."""
+
+    def __init__(self, index: int) -> None:
+        self.is_cpu, self.is_cuda, self.dtype, self.get_device = False, True, torch.float16, lambda: index
+
+
+def test_a_gpu_without_code_takes_the_reference(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = backend.Kernels(cpu=True, cuda=True, meta=True)
+    assert [backend.native(OnGPU(index), kernels) for index in (0, 1)] == [False, True]
+    info = edm2ext.build_info()
+    assert info["cuda"]
+    assert info["cuda_reason"] == ""
+    missing = "cuda:0 has compute capability 8.9, the library kernels for 80a, 90a"
+    assert info["cuda_gpus"] == {"cuda:0": missing, "cuda:1": ""}
+    monkeypatch.setattr(_library, "_capabilities", lambda: ((8, 9),))
+    info = edm2ext.build_info()
+    assert not info["cuda"]
+    assert info["cuda_reason"] == missing
+
+
+def test_the_compiler_keeps_what_a_gpu_runs(two_gpus: None) -> None:
+    double_or_not = torch.compile(lambda x: 2 * x if _library.runs_on_gpu(1) else x, backend="eager", fullgraph=True)
+    assert double_or_not(torch.ones(())) == 2
 
 
 def test_reference_and_ops_have_the_same_names() -> None:

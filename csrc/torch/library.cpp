@@ -60,3 +60,8 @@ STABLE_TORCH_LIBRARY(edm2, m) {
 /// CUDA toolkit the kernels were compiled with, as 1000 * major + 10 * minor; 0: no CUDA kernels. For ctypes: needs no
 /// _C.
 extern "C" __attribute__((visibility("default"))) int edm2_cuda_toolkit_version() { return EDM2_CUDA_TOOLKIT; }
+
+/// GPU architectures they were compiled for, separated by commas.
+extern "C" __attribute__((visibility("default"))) const char* edm2_cuda_architectures() {
+  return EDM2_CUDA_ARCHITECTURES;
+}

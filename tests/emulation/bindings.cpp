@@ -13,6 +13,7 @@
   static void define_schemas(torch::stable::detail::StableLibrary& m)
 #define STABLE_TORCH_LIBRARY_IMPL(library, key, m) _STABLE_TORCH_LIBRARY_IMPL(edm2_emulated, CPU, m, C10_UID)
 #define EDM2_CUDA_TOOLKIT 0
+#define EDM2_CUDA_ARCHITECTURES ""
 
 #include "torch/ema_update_cuda.cpp"
 #include "torch/library.cpp"

@@ -1,0 +1,178 @@
+"""The traffic counter, against counts made by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch import Tensor
+
+import edm2ext
+from benchmarks import traffic
+from benchmarks.traffic import Counter, Key, Traffic, counting
+from edm2ext import ops
+from edm2ext.nn import MPConv, MPLinear
+from python_train.config import make_options
+from python_train.network import Precond
+
+needs_kernels = pytest.mark.skipif(not edm2ext.build_info()["cuda_compiled"], reason="built without CUDA")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+X = 2 * 3 * 4 * 4 * 2  # bytes of x
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return meta(2, 3, 4, 4)
+
+
+def counted(counter: Counter) -> dict[str, tuple[str, int, int, int]]:
+    """{op: (kind, launches, bytes read, bytes written)}."""
+    return {key.op: (key.kind, row.launches, row.read, row.written) for key, row in counter.rows.items()}
+
+
+def test_inputs_are_read_and_outputs_written(x: Tensor):
+    with counting() as counter:
+        torch.cat([x + x, x.float()], dim=1)
+    assert counted(counter) == {
+        "add": ("plain", 1, 2 * X, X),
+        "_to_copy": ("plain", 1, X, 2 * X),
+        "cat": ("plain", 1, 3 * X, 4 * X),
+    }
+
+
+def test_in_place(x: Tensor):
+    with counting() as counter:
+        x.mul_(x[:1])  # reads both, writes the first
+        x.copy_(meta(1, 1, 1, 1).expand_as(x))  # overwrites
+        x.zero_()
+        torch._foreach_add_([x, x], 1.0)
+        torch.add(x, x, out=x)
+    assert counted(counter) == {
+        "mul_": ("plain", 1, X + X // 2, X),
+        "copy_": ("plain", 1, 2, X),
+        "zero_": ("plain", 1, 0, X),
+        "_foreach_add_": ("plain", 1, 2 * X, 2 * X),
+        "add": ("plain", 1, 2 * X, X),
+    }
+
+
+def test_views_and_allocations_are_free(x: Tensor):
+    with counting() as counter:
+        x.view(2, -1).t().detach()[1:].unsqueeze(0).expand(5, -1, -1)
+        x.unbind()
+        torch.empty_like(x)
+        x.new_empty(3)
+        torch.ones(3).sum()  # on the CPU
+    assert counter.rows == {}
+
+
+def test_expanded_inputs_count_once(x: Tensor):
+    with counting() as counter:
+        x * meta(3, 1, 1).expand(2, 3, 4, 4)
+        x.sum(dim=(2, 3))
+    assert counted(counter) == {"mul": ("plain", 1, X + 6, X), "sum": ("plain", 1, X, 12)}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_products(x: Tensor, layout: torch.memory_format):
+    x, w = x.contiguous(memory_format=layout).requires_grad_(), meta(5, 3, 3, 3).requires_grad_()
+    with counting() as counter:
+        y = F.conv2d(x, w, padding=1)
+        y.backward(meta(*y.shape).contiguous(memory_format=layout))
+        torch.bmm(meta(2, 3, 4), meta(2, 4, 5))
+    assert y.is_contiguous(memory_format=layout)
+    assert x.grad.is_contiguous(memory_format=layout)
+    weight, out = 5 * 27 * 2, 2 * 5 * 16 * 2
+    assert counter.rows[Key("forward", "product", "convolution")] == Traffic(1, X + weight, out)
+    assert counter.rows[Key("backward", "product", "convolution_backward")] == Traffic(1, out + X + weight, X + weight)
+    assert counter.rows[Key("update", "product", "bmm")] == Traffic(1, 2 * (24 + 40), 2 * 30)
+    assert counter.total(kind="product").launches == 3
+
+
+def test_attention_is_a_product():
+    q, k, v = (meta(2, 4, 16, 64).requires_grad_() for _ in range(3))
+    with counting() as counter:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert counter.total(phase="forward", kind="product").launches == 1
+    assert counter.total(phase="backward", kind="product").launches == 1
+    assert q.grad.stride() == q.stride()
+
+
+def test_the_host_asks(x: Tensor):
+    with counting() as counter:
+        assert bool(x.isfinite().all())
+    assert counter.synchronisations == 1
+
+
+@needs_kernels
+def test_native_ops_count_what_their_launchers_declare(x: Tensor):
+    x.requires_grad_()
+    c = meta(2, 3).requires_grad_()
+    with edm2ext.set_backend("native"), counting() as counter:
+        ops.mp_silu_modulated(x, c).backward(x.detach())
+        ops.mp_silu(meta(4, 3).t())
+    assert counter.rows[Key("forward", "native", "mp_silu_modulated")] == Traffic(1, X + 12, X)
+    assert counter.rows[Key("backward", "native", "mp_silu_modulated_backward")] == Traffic(1, 2 * X + 12, X + 12)
+    assert counter.rows[Key("update", "native", "mp_silu")] == Traffic(1, 24, 24)
+    assert counter.rows[Key("update", "plain", "clone in mp_silu")] == Traffic(1, 24, 24)
+
+
+@needs_kernels
+def test_workspace_and_second_launch():
+    x, c = meta(2, 8, 65, 65).requires_grad_(), meta(2, 8).requires_grad_()
+    with edm2ext.set_backend("native"), counting() as counter:
+        ops.mp_silu_modulated(x, c).backward(x.detach())
+    row = counter.rows[Key("backward", "native", "mp_silu_modulated_backward")]
+    size, sums = 2 * 8 * 65 * 65 * 2, 2 * 2 * 8 * 4  # two chunks of each plane
+    assert row == Traffic(2, 2 * size + 32 + sums, size + sums + 32, workspace=sums)
+
+
+# ---- a step ----
+
+
+def layers() -> tuple[int, int]:
+    """Convolutions and linear layers of the network."""
+    with torch.device("meta"):
+        net = Precond(**make_options("digits").network_config(8, 1, 10))
+    return sum(isinstance(layer, MPConv) for layer in net.modules()), sum(
+        isinstance(m, MPLinear) for m in net.modules()
+    )
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("native", marks=needs_kernels)])
+def test_a_step_multiplies_by_every_weight_once(name: str):
+    counter = traffic.count_step("digits", 4, "fp16", name)
+    convolutions, linears = layers()
+    for phase, op in (("forward", "convolution"), ("backward", "convolution_backward")):
+        resampling = counter.rows[Key(phase, "product", op)].launches - convolutions
+        assert resampling in (0, 2)  # which in plain torch is a convolution
+    assert counter.rows[Key("forward", "product", "mm")].launches == linears
+    assert (counter.total(kind="native").launches > 0) == (name == "native")
+
+
+@needs_kernels
+def test_native_launches_and_moves_less():
+    plain, native = (traffic.count_step("digits", 4, "fp16", name) for name in ("reference", "native"))
+    for phase in traffic.PHASES:
+        assert native.total(phase=phase).launches < plain.total(phase=phase).launches
+    assert native.total(phase="forward").bytes < plain.total(phase="forward").bytes
+
+
+def test_command_line(tmp_path: Path):
+    file = tmp_path / "traffic.json"
+    arguments = ["--preset", "digits", "--batch", "4", "--backend", "reference", "--json", str(file)]
+    result = CliRunner().invoke(traffic.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "| **forward + backward** |" in result.output
+    found = json.loads(file.read_text())
+    assert found["dtype"] == "fp32"
+    rows = [row for row in found["rows"] if row["phase"] != "update"]
+    total = sum(row["launches"] for row in rows)
+    assert f"| **forward + backward** | {total:,} |" in result.output
