@@ -67,6 +67,8 @@ def activation_cases(
     yield from both_directions(f"pixel_norm + mp_silu {label}", partial(ops.pixel_norm, silu=True), a)
     yield from both_directions(f"mp_silu {label}", ops.mp_silu, a)
     yield from both_directions(f"mp_silu_modulated {label}", ops.mp_silu_modulated, a, c)
+    dropout = partial(ops.mp_silu_modulated, dropout=0.1, philox=torch.tensor([1, 2]))
+    yield from both_directions(f"mp_silu_modulated + dropout {label}", dropout, a, c)
     yield from both_directions(f"mp_sum {label}", partial(ops.mp_sum, t=0.3), a, b)
     yield from both_directions(f"mp_sum, clipped {label}", partial(ops.mp_sum, t=0.3, clip=256.0), a, b)
     yield from both_directions(f"mp_cat {label}", ops.mp_cat, a, b)

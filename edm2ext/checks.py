@@ -65,6 +65,24 @@ def modulation(x: Tensor, c: Tensor) -> None:
     _same_device(function, "x", x, "c", c)
 
 
+def dropout(p: float, philox: Tensor | None, subsequence: int, x: Tensor) -> int:
+    """Dropout's rate in units of 2^-16, the closest to `p`; `philox` is int64 [2] on x's device unless that is 0."""
+    function = "mp_silu_modulated"
+    if not 0 <= p < 1:
+        raise ValueError(f"{function}: dropout must be in [0, 1), got {p}")
+    threshold = min(round(p * 2**16), 2**16 - 1)
+    if threshold == 0:
+        return 0
+    if philox is None:
+        raise ValueError(f"{function}: dropout={p} needs philox, an int64 tensor [seed, offset]")
+    if philox.dtype != torch.int64 or philox.shape != (2,):
+        raise ValueError(f"{function}: philox must be int64 of shape [2], got {philox.dtype} {list(philox.shape)}")
+    if not 0 <= subsequence < 2**16:
+        raise ValueError(f"{function}: subsequence must be in [0, 65535], got {subsequence}")
+    _same_device(function, "x", x, "philox", philox)
+    return threshold
+
+
 def blend(function: str, t: float) -> None:
     """`t` is a blending factor in [0, 1]."""
     if not 0 <= t <= 1:

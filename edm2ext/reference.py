@@ -39,10 +39,55 @@ def mp_silu(x: Tensor) -> Tensor:
     return F.silu(x) / SILU_SCALE
 
 
-def mp_silu_modulated(x: Tensor, c: Tensor) -> Tensor:
-    """mp_silu(x * c) with c [N, C] broadcast over the pixels of x [N, C, *]; c is cast to x's dtype (2.8)."""
+def mp_silu_modulated(
+    x: Tensor, c: Tensor, dropout: float = 0.0, philox: Tensor | None = None, subsequence: int = 0
+) -> Tensor:
+    """mp_silu(x * c) with c [N, C] broadcast over the pixels of x [N, C, *]; c is cast to x's dtype (2.8).
+
+    With `dropout`, elements outside of `dropout_mask` are zero and the others scaled up by its rate (2.9).
+    """
     checks.modulation(x, c)
-    return mp_silu(x * c.to(x.dtype).reshape(*c.shape, *[1] * (x.dim() - 2)))
+    y = mp_silu(x * c.to(x.dtype).reshape(*c.shape, *[1] * (x.dim() - 2)))
+    threshold = checks.dropout(dropout, philox, subsequence, x)
+    if philox is None or threshold == 0:
+        return y
+    kept = dropout_mask(x.shape, threshold, philox, subsequence)
+    return y * kept * (2**16 / (2**16 - threshold))
+
+
+def dropout_mask(shape: Sequence[int], threshold: int, philox: Tensor, subsequence: int = 0) -> Tensor:
+    """Which elements of an activation [N, C, *] dropout keeps: those whose 16 random bits are at least `threshold`.
+
+    `philox` is int64 [2]: seed and offset. Eight elements, in the order of channels-last memory whatever the memory
+    format, share one call of Philox 4x32-10 (Salmon et al., SC 2011): its key is the seed, its counter the number of
+    the eight (48 bits), `subsequence` (16) and the offset (64).
+    """
+    batch, channels, *spatial = shape
+    numel = math.prod(shape)
+    block = torch.arange((numel + 7) // 8, device=philox.device)
+    seed, offset = philox.unbind()
+    words = philox_4x32(
+        (block & _WORD, (block >> 32) + (subsequence << 16), offset & _WORD, (offset >> 32) & _WORD),
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1).flatten()[:numel]
+    return (bits >= threshold).reshape(batch, *spatial, channels).movedim(-1, 1)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10: four random words for a counter of four and a key of two words, each a word in an int64.
+
+    int64 keeps the low 64 bits of a product, which are those of the unsigned one.
+    """
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float = 0.5, clip: float | None = None) -> Tensor:

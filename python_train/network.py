@@ -51,6 +51,7 @@ class Block(torch.nn.Module):
         if self.num_heads and out_channels % self.num_heads:
             raise ValueError(f"Block: {out_channels} channels cannot be split into {self.num_heads} attention heads")
         self.dropout = dropout
+        self.dropout_index = 0  # the block's number in its network: no two draw the same dropout
         self.res_balance = res_balance
         self.attn_balance = attn_balance
         self.clip_act = clip_act
@@ -62,11 +63,12 @@ class Block(torch.nn.Module):
         self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel_size=1) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, kernel_size=1) if self.num_heads else None
 
-    def forward(self, x: Tensor, emb: Tensor, x_silu: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, x_silu: Tensor | None = None, philox: Tensor | None = None) -> Tensor:
         """Map x [N, in_channels, H, W] and emb [N, emb_channels] (fp32) to [N, out_channels, H', W'] in x's dtype.
 
         ``x_silu`` is ``mp_silu(x)`` where the caller has it already (decoder blocks that keep the resolution:
-        the concatenation with the skip emits it in the same pass).
+        the concatenation with the skip emits it in the same pass). ``philox`` is what `ops.mp_silu_modulated` draws
+        dropout from, needed in training if there is any.
         """
         if self.resample_mode == "down":
             x = ops.resample_down(x, self.resample_filter)
@@ -81,9 +83,8 @@ class Block(torch.nn.Module):
 
         y = self.conv_res0(x_silu)
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = ops.mp_silu_modulated(y, c.to(y.dtype))
-        if self.training and self.dropout > 0:
-            y = torch.nn.functional.dropout(y, p=self.dropout)
+        dropout = self.dropout if self.training else 0.0
+        y = ops.mp_silu_modulated(y, c.to(y.dtype), dropout, philox, self.dropout_index)
         y = self.conv_res1(y)
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
@@ -127,6 +128,7 @@ class UNet(torch.nn.Module):
         self.label_dim = label_dim
         self.label_balance = label_balance
         self.concat_balance = concat_balance
+        self.dropout = float(block_kwargs.get("dropout", 0))
         widths = [int(model_channels * mult) for mult in channel_mult]
         cnoise = int(model_channels * channel_mult_noise) if channel_mult_noise is not None else widths[0]
         cemb = int(model_channels * channel_mult_emb) if channel_mult_emb is not None else max(widths)
@@ -170,6 +172,8 @@ class UNet(torch.nn.Module):
                 )
                 width = level_width
         self.out_conv = MPConv(width, img_channels, kernel_size=3)
+        for index, block in enumerate(block for block in self.modules() if isinstance(block, Block)):
+            block.dropout_index = index
 
     def embedding(self, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
         """Noise level [N] or [1] and one-hot labels [N or 1, label_dim] to emb [N or 1, cemb], fp32 (spec 3.1)."""
@@ -184,19 +188,24 @@ class UNet(torch.nn.Module):
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """F(x): x [N, img_channels, H, W] in the compute dtype; noise_labels [N] or [1] and class_labels
-        [N or 1, label_dim] in fp32. Returns [N, img_channels, H, W] in x's dtype."""
+        [N or 1, label_dim] in fp32. Returns [N, img_channels, H, W] in x's dtype.
+
+        Training with dropout draws two integers from the global generator of x's device."""
         emb = self.embedding(noise_labels, class_labels).expand(x.shape[0], -1)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        philox = None
+        if self.training and self.dropout > 0:
+            philox = torch.randint(2**63 - 1, [2], device=x.device)
         skips: list[Tensor] = []
         for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, Block) else block(x)
+            x = block(x, emb, philox=philox) if isinstance(block, Block) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
             if "block" in name:
                 x, x_silu = ops.mp_cat(x, skips.pop(), t=self.concat_balance, silu=True)
-                x = block(x, emb, x_silu)
+                x = block(x, emb, x_silu, philox)
             else:
-                x = block(x, emb)
+                x = block(x, emb, philox=philox)
         return self.out_conv(x, gain=self.out_gain)
 
 

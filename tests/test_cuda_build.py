@@ -20,8 +20,8 @@ REGISTERS = {
     "mp_silu_elements": 40,
     "mp_silu_backward_elements": 40,
     "mp_silu_modulated_columns": 48,
-    "mp_silu_modulated_planes": 64,
-    "mp_silu_modulated_backward_columns": 64,
+    "mp_silu_modulated_planes": 80,
+    "mp_silu_modulated_backward_columns": 80,
     "mp_silu_modulated_backward_planes": 80,
     "mp_silu_modulated_add_chunks": 40,
     "pixel_norm_rows": 128,
@@ -42,6 +42,8 @@ OPS = [
     "mp_silu_backward",
     "mp_silu_modulated",
     "mp_silu_modulated_backward",
+    "mp_silu_modulated_dropout",
+    "mp_silu_modulated_dropout_backward",
     "ema_update_",
 ]
 

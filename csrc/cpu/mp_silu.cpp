@@ -36,6 +36,81 @@ void modulated_pixel(const T* __restrict x, const T* __restrict c, T* __restrict
 
 constexpr int64_t kChunk = 128;
 
+/// Dropout's factor, 0 or scale, for `count` <= kChunk elements from `first` on in the order of its mask (philox.h).
+template <class C>
+void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, C* __restrict factors) {
+  constexpr int64_t kGroup = math::kPhiloxElements;
+  uint32_t words[kChunk / 2 + kGroup];
+  const int64_t seed = dropout.philox[0], offset = dropout.philox[1], subsequence = dropout.subsequence;
+  const int64_t first_block = first / kGroup, skipped = first % kGroup;
+  const int64_t blocks = (skipped + count + kGroup - 1) / kGroup;
+#pragma omp simd
+  for (int64_t block = 0; block < blocks; ++block) {
+    const math::Philox bits = math::dropout_bits(first_block + block, subsequence, seed, offset);
+    for (int64_t i = 0; i < 4; ++i) words[4 * block + i] = bits.words[i];
+  }
+  const auto threshold = static_cast<uint32_t>(dropout.threshold);
+  const C scale = static_cast<C>(dropout.scale());
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = skipped + i;
+    factors[i] = (words[at / 2] >> (at % 2 * 16) & 0xFFFFu) < threshold ? C(0) : scale;
+  }
+}
+
+/// The same for elements first, first + stride, ...
+template <class C>
+void dropout_factors(const Dropout& dropout, int64_t first, int64_t stride, int64_t count, C* __restrict factors) {
+  const int64_t seed = dropout.philox[0], offset = dropout.philox[1], subsequence = dropout.subsequence;
+  const auto threshold = static_cast<uint32_t>(dropout.threshold);
+  const C scale = static_cast<C>(dropout.scale());
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const auto at = static_cast<uint64_t>(first + i * stride);
+    const math::Philox bits =
+        math::dropout_bits(static_cast<int64_t>(at / math::kPhiloxElements), subsequence, seed, offset);
+    const uint32_t low = (at & 4) != 0 ? bits.words[2] : bits.words[0];
+    const uint32_t high = (at & 4) != 0 ? bits.words[3] : bits.words[1];
+    const uint32_t word = (at & 2) != 0 ? high : low;
+    const uint32_t half = (at & 1) != 0 ? word >> 16 : word & 0xFFFFu;
+    factors[i] = half < threshold ? C(0) : scale;
+  }
+}
+
+/// At most kChunk elements, each with factors of its own: dropout's, and c's unless it is one for all.
+template <class T>
+void dropout_chunk(const T* __restrict x, const Compute<T>* __restrict factors, Compute<T> c, T* __restrict y,
+                   int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(math::mp_silu(widen(x[i]) * c) * factors[i]);
+}
+template <class T>
+void dropout_chunk(const T* __restrict x, const Compute<T>* __restrict factors, const T* __restrict c, T* __restrict y,
+                   int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) y[i] = narrow<T>(math::mp_silu(widen(x[i]) * widen(c[i])) * factors[i]);
+}
+
+/// A plane or, channels_last, a pixel, followed by dropout.
+template <class T>
+void modulated_dropout(const MPSiLUModulatedParams& p, int64_t item) {
+  const auto [batch, channels, pixels, channels_last] = p.shape;
+  const int64_t size = channels_last ? channels : pixels;
+  const T* x = as<T>(p.x) + item * size;
+  T* y = as<T>(p.y) + item * size;
+  Compute<T> factors[kChunk];
+  for (int64_t at = 0; at < size; at += kChunk) {
+    const int64_t count = min(kChunk, size - at);
+    if (channels_last) {
+      dropout_factors(p.dropout, item * channels + at, count, factors);
+      dropout_chunk(x + at, factors, as<T>(p.c) + item / pixels * channels + at, y + at, count);
+    } else {
+      const int64_t pixel = item / channels * pixels + at;
+      dropout_factors(p.dropout, pixel * channels + item % channels, channels, count, factors);
+      dropout_chunk(x + at, factors, widen(as<T>(p.c)[item]), y + at, count);
+    }
+  }
+}
+
 /// A piece of at most kChunk pixels of one plane; returns its share of the gradient of c (spec 2.8). In type C
 /// throughout: a sum over few 16-bit elements would not be vectorised.
 template <class C>
@@ -50,20 +125,28 @@ C modulated_backward_chunk(const C* __restrict grad_y, const C* __restrict x, C 
   return grad_c;
 }
 
-/// One plane; returns the gradient of c.
-template <class T>
+/// One plane; returns the gradient of c. Its elements are at `first_masked` and every `stride` further in dropout's
+/// order.
+template <class T, bool kDropout>
 Compute<T> modulated_backward_plane(const T* __restrict grad_y, const T* __restrict x, Compute<T> c,
-                                    T* __restrict grad_x, int64_t size) {
+                                    T* __restrict grad_x, int64_t size, const Dropout& dropout, int64_t first_masked,
+                                    int64_t stride) {
   using C = Compute<T>;
   C grad_c = 0;
   for (int64_t at = 0; at < size; at += kChunk) {
     const int64_t count = min(kChunk, size - at);
-    if constexpr (std::is_same_v<T, C>) {
+    if constexpr (std::is_same_v<T, C> && !kDropout) {
       grad_c += modulated_backward_chunk(grad_y + at, x + at, c, grad_x + at, count);
     } else {
       C grad_y_wide[kChunk], x_wide[kChunk], grad_x_wide[kChunk];
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) grad_y_wide[i] = widen(grad_y[at + i]);
+      if constexpr (kDropout) {
+        C factors[kChunk];
+        dropout_factors(dropout, first_masked + at * stride, stride, count, factors);
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) grad_y_wide[i] *= factors[i];
+      }
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) x_wide[i] = widen(x[at + i]);
       grad_c += modulated_backward_chunk(grad_y_wide, x_wide, c, grad_x_wide, count);
@@ -75,14 +158,15 @@ Compute<T> modulated_backward_plane(const T* __restrict grad_y, const T* __restr
 }
 
 /// A block of channels of all pixels of one sample, channels_last. Sums of some pixels are summed: one long sum would
-/// lose digits.
-template <class T>
+/// lose digits. Its first element is at `first_masked` in dropout's order.
+template <class T, bool kDropout>
 void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x, const T* __restrict c,
                               T* __restrict grad_x, T* __restrict grad_c, int64_t block, int64_t channels,
-                              int64_t pixels) {
+                              int64_t pixels, const Dropout& dropout, int64_t first_masked) {
   using C = Compute<T>;
   constexpr int64_t kPixels = 32;
   C c_block[kModulatedChannelBlock];
+  C factors[kModulatedChannelBlock];
   C total[kModulatedChannelBlock] = {};
   for (int64_t i = 0; i < block; ++i) c_block[i] = widen(c[i]);
   for (int64_t first = 0; first < pixels; first += kPixels) {
@@ -91,10 +175,12 @@ void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x,
       const T* __restrict grad_row = grad_y + p * channels;
       const T* __restrict x_row = x + p * channels;
       T* __restrict out_row = grad_x + p * channels;
+      if constexpr (kDropout) dropout_factors(dropout, first_masked + p * channels, block, factors);
 #pragma omp simd
       for (int64_t i = 0; i < block; ++i) {
         const C xi = widen(x_row[i]);
-        const C grad_z = widen(grad_row[i]) * mp_silu_grad(xi * c_block[i]);
+        const C grad_yi = kDropout ? widen(grad_row[i]) * factors[i] : widen(grad_row[i]);
+        const C grad_z = grad_yi * mp_silu_grad(xi * c_block[i]);
         out_row[i] = narrow<T>(grad_z * c_block[i]);
         sum[i] += grad_z * xi;
       }
@@ -102,6 +188,32 @@ void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x,
     for (int64_t i = 0; i < block; ++i) total[i] += sum[i];
   }
   for (int64_t i = 0; i < block; ++i) grad_c[i] = narrow<T>(total[i]);
+}
+
+template <class T, bool kDropout>
+void modulated_backward(const MPSiLUModulatedBackwardParams& p, int64_t begin, int64_t end) {
+  const auto [batch, channels, pixels, channels_last] = p.shape;
+  const int64_t blocks = (channels + kModulatedChannelBlock - 1) / kModulatedChannelBlock;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item % blocks * kModulatedChannelBlock;
+    const int64_t block = min(kModulatedChannelBlock, channels - first);
+    const int64_t plane = item / blocks * channels + first;  // number of the block's first plane
+    const int64_t first_masked = item / blocks * channels * pixels + first;
+    const T* c = as<T>(p.c) + plane;
+    T* grad_c = as<T>(p.grad_c) + plane;
+    if (channels_last) {
+      modulated_backward_block<T, kDropout>(as<T>(p.grad_y) + first_masked, as<T>(p.x) + first_masked, c,
+                                            as<T>(p.grad_x) + first_masked, grad_c, block, channels, pixels, p.dropout,
+                                            first_masked);
+    } else {
+      for (int64_t i = 0; i < block; ++i) {
+        const int64_t offset = (plane + i) * pixels;
+        grad_c[i] = narrow<T>(modulated_backward_plane<T, kDropout>(as<T>(p.grad_y) + offset, as<T>(p.x) + offset,
+                                                                    widen(c[i]), as<T>(p.grad_x) + offset, pixels,
+                                                                    p.dropout, first_masked + i, channels));
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -120,7 +232,9 @@ void mp_silu_modulated(const MPSiLUModulatedParams& p, int64_t begin, int64_t en
   const auto [batch, channels, pixels, channels_last] = p.shape;
   with_type(p.dtype, [&]<class T>(T) {
     for (int64_t item = begin; item < end; ++item) {
-      if (channels_last) {
+      if (p.dropout.philox != nullptr) {
+        modulated_dropout<T>(p, item);
+      } else if (channels_last) {
         const T* c = as<T>(p.c) + item / pixels * channels;
         modulated_pixel(as<T>(p.x) + item * channels, c, as<T>(p.y) + item * channels, channels);
       } else {
@@ -131,26 +245,11 @@ void mp_silu_modulated(const MPSiLUModulatedParams& p, int64_t begin, int64_t en
 }
 
 void mp_silu_modulated_backward(const MPSiLUModulatedBackwardParams& p, int64_t begin, int64_t end) {
-  const auto [batch, channels, pixels, channels_last] = p.shape;
-  const int64_t blocks = (channels + kModulatedChannelBlock - 1) / kModulatedChannelBlock;
   with_type(p.dtype, [&]<class T>(T) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % blocks * kModulatedChannelBlock;
-      const int64_t block = min(kModulatedChannelBlock, channels - first);
-      const int64_t plane = item / blocks * channels + first;  // number of the block's first plane
-      const T* c = as<T>(p.c) + plane;
-      T* grad_c = as<T>(p.grad_c) + plane;
-      if (channels_last) {
-        const int64_t offset = item / blocks * channels * pixels + first;
-        modulated_backward_block(as<T>(p.grad_y) + offset, as<T>(p.x) + offset, c, as<T>(p.grad_x) + offset, grad_c,
-                                 block, channels, pixels);
-      } else {
-        for (int64_t i = 0; i < block; ++i) {
-          const int64_t offset = (plane + i) * pixels;
-          grad_c[i] = narrow<T>(modulated_backward_plane(as<T>(p.grad_y) + offset, as<T>(p.x) + offset, widen(c[i]),
-                                                         as<T>(p.grad_x) + offset, pixels));
-        }
-      }
+    if (p.dropout.philox != nullptr) {
+      modulated_backward<T, true>(p, begin, end);
+    } else {
+      modulated_backward<T, false>(p, begin, end);
     }
   });
 }

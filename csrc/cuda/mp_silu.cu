@@ -46,7 +46,7 @@ struct PlanePlan {
   int64_t work() const { return ceil_div(chunks * lanes, kThreads); }
 };
 
-template <typename T>
+template <typename T, bool kDropout>
 cudaError_t modulated(const MPSiLUModulatedParams& params, cudaStream_t stream) {
   const auto* x = static_cast<const T*>(params.x);
   const auto* c = static_cast<const T*>(params.c);
@@ -57,20 +57,20 @@ cudaError_t modulated(const MPSiLUModulatedParams& params, cudaStream_t stream) 
   const Traffic traffic{bytes + batch * channels * int64_t{sizeof(T)}, bytes};
   if (!channels_last) {
     const PlanePlan plan(params.shape, kPack<T>);
-    return launch(mp_silu_modulated_planes<T>, plan.work(), kThreads, stream, traffic, x, c, y, plan.chunks, pixels,
-                  plan.lanes);
+    return launch(mp_silu_modulated_planes<T, kDropout>, plan.work(), kThreads, stream, traffic, x, c, y,
+                  params.dropout, plan.chunks, channels, pixels, plan.lanes);
   }
   if (channels % kPack<T> == 0 && all_aligned(x, c, y)) {
     const TilePlan plan(params.shape, kPack<T>);
-    return launch(mp_silu_modulated_columns<T, kPack<T>>, plan.tiles, plan.threads, stream, traffic, x, c, y,
-                  plan.tiles, channels, pixels);
+    return launch(mp_silu_modulated_columns<T, kPack<T>, kDropout>, plan.tiles, plan.threads, stream, traffic, x, c, y,
+                  params.dropout, plan.tiles, channels, pixels);
   }
   const TilePlan plan(params.shape, 1);
-  return launch(mp_silu_modulated_columns<T, 1>, plan.tiles, plan.threads, stream, traffic, x, c, y, plan.tiles,
-                channels, pixels);
+  return launch(mp_silu_modulated_columns<T, 1, kDropout>, plan.tiles, plan.threads, stream, traffic, x, c, y,
+                params.dropout, plan.tiles, channels, pixels);
 }
 
-template <typename T>
+template <typename T, bool kDropout>
 cudaError_t modulated_backward(const MPSiLUModulatedBackwardParams& params, float* workspace, cudaStream_t stream) {
   const auto* grad_y = static_cast<const T*>(params.grad_y);
   const auto* x = static_cast<const T*>(params.x);
@@ -89,16 +89,16 @@ cudaError_t modulated_backward(const MPSiLUModulatedBackwardParams& params, floa
   cudaError_t error = cudaSuccess;
   if (!channels_last) {
     const PlanePlan plan(params.shape, kPack<T>);
-    error = launch(mp_silu_modulated_backward_planes<T>, plan.work(), kThreads, stream, traffic, grad_y, x, c, grad_x,
-                   sums, plan.chunks, pixels, plan.lanes);
+    error = launch(mp_silu_modulated_backward_planes<T, kDropout>, plan.work(), kThreads, stream, traffic, grad_y, x, c,
+                   grad_x, sums, params.dropout, plan.chunks, channels, pixels, plan.lanes);
   } else if (channels % kPack<T> == 0 && all_aligned(grad_y, x, c, grad_x)) {
     const TilePlan plan(params.shape, kPack<T>);
-    error = launch(mp_silu_modulated_backward_columns<T, kPack<T>>, plan.tiles, plan.threads, stream, traffic, grad_y,
-                   x, c, grad_x, sums, plan.tiles, channels, pixels);
+    error = launch(mp_silu_modulated_backward_columns<T, kPack<T>, kDropout>, plan.tiles, plan.threads, stream, traffic,
+                   grad_y, x, c, grad_x, sums, params.dropout, plan.tiles, channels, pixels);
   } else {
     const TilePlan plan(params.shape, 1);
-    error = launch(mp_silu_modulated_backward_columns<T, 1>, plan.tiles, plan.threads, stream, traffic, grad_y, x, c,
-                   grad_x, sums, plan.tiles, channels, pixels);
+    error = launch(mp_silu_modulated_backward_columns<T, 1, kDropout>, plan.tiles, plan.threads, stream, traffic,
+                   grad_y, x, c, grad_x, sums, params.dropout, plan.tiles, channels, pixels);
   }
   if (error != cudaSuccess || chunks == 1) return error;
   return launch(mp_silu_modulated_add_chunks<T>, ceil_div(count, kThreads), kThreads, stream,
@@ -118,8 +118,10 @@ int launch_mp_silu_backward(const MPSiLUBackwardParams& params, CUstream_st* str
 }
 
 int launch_mp_silu_modulated(const MPSiLUModulatedParams& params, CUstream_st* stream) {
-  return dispatch_storage(params.dtype,
-                          [&](auto storage) { return modulated<typename decltype(storage)::type>(params, stream); });
+  return dispatch_storage(params.dtype, [&](auto storage) {
+    using T = typename decltype(storage)::type;
+    return params.dropout.philox ? modulated<T, true>(params, stream) : modulated<T, false>(params, stream);
+  });
 }
 
 int64_t mp_silu_modulated_backward_workspace(const Activation& shape) {
@@ -130,7 +132,9 @@ int64_t mp_silu_modulated_backward_workspace(const Activation& shape) {
 int launch_mp_silu_modulated_backward(const MPSiLUModulatedBackwardParams& params, float* workspace,
                                       CUstream_st* stream) {
   return dispatch_storage(params.dtype, [&](auto storage) {
-    return modulated_backward<typename decltype(storage)::type>(params, workspace, stream);
+    using T = typename decltype(storage)::type;
+    return params.dropout.philox ? modulated_backward<T, true>(params, workspace, stream)
+                                 : modulated_backward<T, false>(params, workspace, stream);
   });
 }
 

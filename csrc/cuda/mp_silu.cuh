@@ -1,10 +1,12 @@
-// MP-SiLU and modulated MP-SiLU, f(x c) with c per sample and channel, and their backwards.
+// MP-SiLU and modulated MP-SiLU, f(x c) with c per sample and channel, optionally followed by dropout, and their
+// backwards.
 //
 // The modulated backward also sums the gradient of c over pixels: chunk by chunk of pixels, in a fixed order within a
 // chunk, and a second kernel adds the chunks. So the result depends neither on scheduling nor on the GPU.
 #pragma once
 
 #include "device.cuh"
+#include "edm2/philox.h"
 
 namespace edm2::cuda {
 
@@ -26,6 +28,70 @@ __global__ void __launch_bounds__(kThreads)
                      store(grad_x + at, load<width>(grad_y + at) * mp_silu_grad(load<width>(x + at)));
                    });
 }
+
+/// What dropout does to values of an activation, or, in its backward, to gradients: nothing unless kOn.
+template <bool kOn>
+struct DropoutMask {
+  __device__ explicit DropoutMask(const Dropout&) {}
+
+  template <int N>
+  __device__ Floats<N> of_neighbours(const Floats<N>& values, int64_t) const {
+    return values;
+  }
+  template <int N>
+  __device__ Floats<N> of_strided(const Floats<N>& values, int64_t, int64_t) const {
+    return values;
+  }
+};
+
+template <>
+struct DropoutMask<true> {
+  int64_t subsequence;
+  int64_t seed;
+  int64_t offset;
+  uint32_t threshold;
+  float scale;
+
+  __device__ explicit DropoutMask(const Dropout& dropout)
+      : subsequence(dropout.subsequence),
+        seed(dropout.philox[0]),
+        offset(dropout.philox[1]),
+        threshold(static_cast<uint32_t>(dropout.threshold)),
+        scale(65536.0f / static_cast<float>(65536 - dropout.threshold)) {}
+
+  /// Values of elements first, first + 1, ... of the mask's order, which one call of Philox covers.
+  template <int N>
+  __device__ Floats<N> of_neighbours(Floats<N> values, int64_t first) const {
+    static_assert(math::kPhiloxElements % N == 0);
+    const math::Philox bits = math::dropout_bits(first / math::kPhiloxElements, subsequence, seed, offset);
+    const int start = static_cast<int>(first % math::kPhiloxElements);
+#pragma unroll
+    for (int group = 0; group < math::kPhiloxElements / N; ++group) {  // static indices keep the words in registers
+      if (start != group * N) continue;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int at = group * N + i;
+        const uint32_t half = (bits.words[at / 2] >> (at % 2 * 16)) & 0xffffu;
+        values.v[i] *= half < threshold ? 0.0f : scale;
+      }
+    }
+    return values;
+  }
+
+  /// Values of elements first, first + stride, ...
+  template <int N>
+  __device__ Floats<N> of_strided(Floats<N> values, int64_t first, int64_t stride) const {
+    unsigned kept = 0;
+#pragma unroll 1
+    for (int i = 0; i < N; ++i) {
+      const Floats<1> factor = of_neighbours(Floats<1>{{1.0f}}, first + i * stride);
+      kept |= static_cast<unsigned>(factor.v[0] != 0.0f) << i;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) values.v[i] *= (kept >> i & 1) != 0 ? scale : 0.0f;
+    return values;
+  }
+};
 
 /// Pixels in one chunk: few enough to keep the GPU busy, enough for the partial sums to stay below 1 % of the memory
 /// traffic.
@@ -81,26 +147,28 @@ struct ModulatedTile {
   }
 };
 
-template <typename T, int N>
+template <typename T, int N, bool kDropout>
 __global__ void __launch_bounds__(kThreads)
-    mp_silu_modulated_columns(const T* __restrict__ x, const T* __restrict__ c, T* __restrict__ y, int64_t tiles,
-                              int64_t channels, int64_t pixels) {
+    mp_silu_modulated_columns(const T* __restrict__ x, const T* __restrict__ c, T* __restrict__ y, Dropout dropout,
+                              int64_t tiles, int64_t channels, int64_t pixels) {
+  const DropoutMask<kDropout> mask(dropout);
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const ModulatedTile<N> tile(t, channels, pixels);
     if (tile.first_pixel >= tile.end_pixel) continue;
     const auto scale = load<N>(c + tile.sample * channels + tile.channel);
     for (int64_t pixel = tile.first_pixel; pixel < tile.end_pixel; pixel += blockDim.y) {
       const int64_t at = (tile.sample * pixels + pixel) * channels + tile.channel;
-      store(y + at, mp_silu(load<N>(x + at) * scale));
+      store(y + at, mask.of_neighbours(mp_silu(load<N>(x + at) * scale), at));
     }
   }
 }
 
-template <typename T, int N>
+template <typename T, int N, bool kDropout>
 __global__ void __launch_bounds__(kThreads)
     mp_silu_modulated_backward_columns(const T* __restrict__ grad_y, const T* __restrict__ x, const T* __restrict__ c,
-                                       T* __restrict__ grad_x, ChunkSums<T> chunk_sums, int64_t tiles, int64_t channels,
-                                       int64_t pixels) {
+                                       T* __restrict__ grad_x, ChunkSums<T> chunk_sums, Dropout dropout, int64_t tiles,
+                                       int64_t channels, int64_t pixels) {
+  const DropoutMask<kDropout> mask(dropout);
   __shared__ float sums[kThreads * N];  // [blockDim.y, blockDim.x * N]
   const int width = static_cast<int>(blockDim.x) * N;
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
@@ -112,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t pixel = tile.first_pixel; pixel < tile.end_pixel; pixel += blockDim.y) {
         const int64_t at = (tile.sample * pixels + pixel) * channels + tile.channel;
         const auto here = load<N>(x + at);
-        const auto grad_z = load<N>(grad_y + at) * mp_silu_grad(here * scale);
+        const auto grad_z = mask.of_neighbours(load<N>(grad_y + at), at) * mp_silu_grad(here * scale);
         store(grad_x + at, grad_z * scale);
         grad_scale = grad_scale + grad_z * here;
       }
@@ -137,48 +205,55 @@ struct PlaneChunk {
   int64_t chunk;
   int64_t begin;
   int64_t count;
+  int64_t first_masked;  // its first element in the order of dropout's mask; the next ones follow `channels` apart
 
-  __device__ PlaneChunk(int64_t index, int64_t pixels) {
+  __device__ PlaneChunk(int64_t index, int64_t channels, int64_t pixels) {
     const int64_t chunks = count_chunks<false>(pixels);
     plane = index / chunks;
     chunk = index % chunks;
     begin = plane * pixels + chunk * kChunkPixels<false>;
     count = pixels - chunk * kChunkPixels<false>;
     if (count > kChunkPixels<false>) count = kChunkPixels<false>;
+    first_masked = (plane / channels * pixels + chunk * kChunkPixels<false>)*channels + plane % channels;
   }
 };
 
-template <typename T>
+template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
-    mp_silu_modulated_planes(const T* __restrict__ x, const T* __restrict__ c, T* __restrict__ y, int64_t chunks,
-                             int64_t pixels, int lanes) {
+    mp_silu_modulated_planes(const T* __restrict__ x, const T* __restrict__ c, T* __restrict__ y, Dropout dropout,
+                             int64_t chunks, int64_t channels, int64_t pixels, int lanes) {
+  const DropoutMask<kDropout> mask(dropout);
   const LaneGroups groups(lanes);
   for (int64_t index = groups.first + groups.within_warp; index < chunks; index += groups.step) {
-    const PlaneChunk own(index, pixels);
+    const PlaneChunk own(index, channels, pixels);
     const float scale = to_float(c[own.plane]);
     const int64_t head = elements_to_boundary(own.count, x + own.begin, y + own.begin);
     for_each_pack<T>(own.count, head, groups.lane, lanes, [&](auto width, int64_t i) {
-      store(y + own.begin + i, mp_silu(load<width>(x + own.begin + i) * scale));
+      const auto value = mp_silu(load<width>(x + own.begin + i) * scale);
+      store(y + own.begin + i, mask.of_strided(value, own.first_masked + i * channels, channels));
     });
   }
 }
 
-template <typename T>
+template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     mp_silu_modulated_backward_planes(const T* __restrict__ grad_y, const T* __restrict__ x, const T* __restrict__ c,
-                                      T* __restrict__ grad_x, ChunkSums<T> chunk_sums, int64_t chunks, int64_t pixels,
-                                      int lanes) {
+                                      T* __restrict__ grad_x, ChunkSums<T> chunk_sums, Dropout dropout, int64_t chunks,
+                                      int64_t channels, int64_t pixels, int lanes) {
+  const DropoutMask<kDropout> mask(dropout);
   const LaneGroups groups(lanes);
   for (int64_t first = groups.first; first < chunks; first += groups.step) {
     const int64_t index = first + groups.within_warp;
-    const PlaneChunk own(index, pixels);
+    const PlaneChunk own(index, channels, pixels);
     float grad_scale = 0.0f;
     if (index < chunks) {
       const float scale = to_float(c[own.plane]);
       const int64_t head = elements_to_boundary(own.count, grad_y + own.begin, x + own.begin, grad_x + own.begin);
       for_each_pack<T>(own.count, head, groups.lane, lanes, [&](auto width, int64_t i) {
         const auto here = load<width>(x + own.begin + i);
-        const auto grad_z = load<width>(grad_y + own.begin + i) * mp_silu_grad(here * scale);
+        const auto grad_here = load<width>(grad_y + own.begin + i);
+        const auto grad_z =
+            mask.of_strided(grad_here, own.first_masked + i * channels, channels) * mp_silu_grad(here * scale);
         store(grad_x + own.begin + i, grad_z * scale);
         grad_scale += sum(grad_z * here);
       });

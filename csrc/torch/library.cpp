@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("mp_silu_backward(Tensor grad, Tensor x) -> Tensor");
   m.def("mp_silu_modulated(Tensor x, Tensor c) -> Tensor");
   m.def("mp_silu_modulated_backward(Tensor grad, Tensor x, Tensor c) -> (Tensor, Tensor)");
+  m.def("mp_silu_modulated_dropout(Tensor x, Tensor c, Tensor philox, int subsequence, int threshold) -> Tensor");
+  m.def(
+      "mp_silu_modulated_dropout_backward(Tensor grad, Tensor x, Tensor c, Tensor philox, int subsequence, int "
+      "threshold) -> (Tensor, Tensor)");
 
   // mp_sum
   m.def("mp_sum(Tensor a, Tensor b, float t, float clip) -> Tensor");

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common.h"
+#include "dropout.h"
 
 namespace edm2::torch_ops {
 namespace {
@@ -36,12 +37,11 @@ Tensor mp_silu_backward(const Tensor& grad, const Tensor& x_) {
   return grad_x;
 }
 
-Tensor mp_silu_modulated(const Tensor& x_, const Tensor& c_) {
-  const char* op = "mp_silu_modulated";
+Tensor modulated(const Tensor& x_, const Tensor& c_, const Dropout& dropout, const char* op) {
   const View x = dense(x_);
   const Activation shape = activation_of(x, op, "x");
   const View c = modulation(c_, x, shape, op);
-  MPSiLUModulatedParams params{x.data(), c.data(), nullptr, shape, cpu_dtype_of(x, op, "x")};
+  MPSiLUModulatedParams params{x.data(), c.data(), nullptr, shape, cpu_dtype_of(x, op, "x"), dropout};
   const Tensor y = empty_like(x);
   params.y = y.mutable_data_ptr();
   const int64_t items = shape.batch * (shape.channels_last ? shape.pixels : shape.channels);
@@ -49,8 +49,8 @@ Tensor mp_silu_modulated(const Tensor& x_, const Tensor& c_) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const Tensor& x_, const Tensor& c_) {
-  const char* op = "mp_silu_modulated_backward";
+std::tuple<Tensor, Tensor> modulated_backward(const Tensor& grad, const Tensor& x_, const Tensor& c_,
+                                              const Dropout& dropout, const char* op) {
   const View x = dense(x_);
   const Activation shape = activation_of(x, op, "x");
   const View c = modulation(c_, x, shape, op);
@@ -59,9 +59,31 @@ std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const 
   const Tensor grad_x = empty_like(x);
   const Tensor grad_c = empty_like(c);
   const MPSiLUModulatedBackwardParams params{
-      grad_y.data(), x.data(), c.data(), grad_x.mutable_data_ptr(), grad_c.mutable_data_ptr(), shape, dtype};
-  run_cpu(cpu::mp_silu_modulated_backward, params, cpu::mp_silu_modulated_backward_items(shape), x.numel);
+      grad_y.data(), x.data(), c.data(), grad_x.mutable_data_ptr(), grad_c.mutable_data_ptr(), shape, dtype, dropout};
+  // Without pixels there still is a sum over them.
+  run_cpu(cpu::mp_silu_modulated_backward, params, cpu::mp_silu_modulated_backward_items(shape), x.numel + c.numel);
   return {grad_x, grad_c};
+}
+
+Tensor mp_silu_modulated(const Tensor& x, const Tensor& c) { return modulated(x, c, {}, "mp_silu_modulated"); }
+
+std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const Tensor& x, const Tensor& c) {
+  return modulated_backward(grad, x, c, {}, "mp_silu_modulated_backward");
+}
+
+Tensor mp_silu_modulated_dropout(const Tensor& x, const Tensor& c, const Tensor& philox, int64_t subsequence,
+                                 int64_t threshold) {
+  const char* op = "mp_silu_modulated_dropout";
+  const View seed = dense(philox);
+  return modulated(x, c, dropout_of(seed, subsequence, threshold, x, op), op);
+}
+
+std::tuple<Tensor, Tensor> mp_silu_modulated_dropout_backward(const Tensor& grad, const Tensor& x, const Tensor& c,
+                                                              const Tensor& philox, int64_t subsequence,
+                                                              int64_t threshold) {
+  const char* op = "mp_silu_modulated_dropout_backward";
+  const View seed = dense(philox);
+  return modulated_backward(grad, x, c, dropout_of(seed, subsequence, threshold, x, op), op);
 }
 
 }  // namespace
@@ -71,6 +93,8 @@ STABLE_TORCH_LIBRARY_IMPL(edm2, CPU, m) {
   m.impl("mp_silu_backward", TORCH_BOX(&mp_silu_backward));
   m.impl("mp_silu_modulated", TORCH_BOX(&mp_silu_modulated));
   m.impl("mp_silu_modulated_backward", TORCH_BOX(&mp_silu_modulated_backward));
+  m.impl("mp_silu_modulated_dropout", TORCH_BOX(&mp_silu_modulated_dropout));
+  m.impl("mp_silu_modulated_dropout_backward", TORCH_BOX(&mp_silu_modulated_dropout_backward));
 }
 
 }  // namespace edm2::torch_ops

@@ -1,6 +1,7 @@
 #include <tuple>
 
 #include "cuda_support.h"
+#include "dropout.h"
 #include "edm2/mp_silu.h"
 
 namespace edm2::torch_ops {
@@ -37,20 +38,19 @@ Tensor mp_silu_backward(const Tensor& grad, const Tensor& x_) {
   return grad_x;
 }
 
-Tensor mp_silu_modulated(const Tensor& x_, const Tensor& c_) {
-  const char* op = "mp_silu_modulated";
+Tensor modulated(const Tensor& x_, const Tensor& c_, const Dropout& dropout, const char* op) {
   const View x = dense(x_);
   const Activation shape = activation_of(x, op, "x");
   const View c = modulation(c_, x, shape, op);
-  MPSiLUModulatedParams params{x.data(), c.data(), nullptr, shape, cuda_dtype_of(x, op, "x")};
+  MPSiLUModulatedParams params{x.data(), c.data(), nullptr, shape, cuda_dtype_of(x, op, "x"), dropout};
   const Tensor y = empty_like(x);
   params.y = address(y);
   run_cuda(x, op, [&](CUstream_st* stream) { return cuda::launch_mp_silu_modulated(params, stream); });
   return y;
 }
 
-std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const Tensor& x_, const Tensor& c_) {
-  const char* op = "mp_silu_modulated_backward";
+std::tuple<Tensor, Tensor> modulated_backward(const Tensor& grad, const Tensor& x_, const Tensor& c_,
+                                              const Dropout& dropout, const char* op) {
   const View x = dense(x_);
   const Activation shape = activation_of(x, op, "x");
   const View c = modulation(c_, x, shape, op);
@@ -61,11 +61,32 @@ std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const 
   const Tensor grad_c = empty_like(c);
   const Tensor partial = workspace(x, floats);
   const MPSiLUModulatedBackwardParams params{grad_y.data(),   x.data(), c.data(), address(grad_x),
-                                             address(grad_c), shape,    dtype};
+                                             address(grad_c), shape,    dtype,    dropout};
   run_cuda(x, op, [&](CUstream_st* stream) {
     return cuda::launch_mp_silu_modulated_backward(params, static_cast<float*>(address(partial)), stream);
   });
   return {grad_x, grad_c};
+}
+
+Tensor mp_silu_modulated(const Tensor& x, const Tensor& c) { return modulated(x, c, {}, "mp_silu_modulated"); }
+
+std::tuple<Tensor, Tensor> mp_silu_modulated_backward(const Tensor& grad, const Tensor& x, const Tensor& c) {
+  return modulated_backward(grad, x, c, {}, "mp_silu_modulated_backward");
+}
+
+Tensor mp_silu_modulated_dropout(const Tensor& x, const Tensor& c, const Tensor& philox, int64_t subsequence,
+                                 int64_t threshold) {
+  const char* op = "mp_silu_modulated_dropout";
+  const View seed = dense(philox);
+  return modulated(x, c, dropout_of(seed, subsequence, threshold, x, op), op);
+}
+
+std::tuple<Tensor, Tensor> mp_silu_modulated_dropout_backward(const Tensor& grad, const Tensor& x, const Tensor& c,
+                                                              const Tensor& philox, int64_t subsequence,
+                                                              int64_t threshold) {
+  const char* op = "mp_silu_modulated_dropout_backward";
+  const View seed = dense(philox);
+  return modulated_backward(grad, x, c, dropout_of(seed, subsequence, threshold, x, op), op);
 }
 
 }  // namespace
@@ -75,6 +96,8 @@ STABLE_TORCH_LIBRARY_IMPL(edm2, CUDA, m) {
   m.impl("mp_silu_backward", TORCH_BOX(&mp_silu_backward));
   m.impl("mp_silu_modulated", TORCH_BOX(&mp_silu_modulated));
   m.impl("mp_silu_modulated_backward", TORCH_BOX(&mp_silu_modulated_backward));
+  m.impl("mp_silu_modulated_dropout", TORCH_BOX(&mp_silu_modulated_dropout));
+  m.impl("mp_silu_modulated_dropout_backward", TORCH_BOX(&mp_silu_modulated_dropout_backward));
 }
 
 }  // namespace edm2::torch_ops

@@ -12,9 +12,11 @@ extern "C" int mp_silu_backward(const void* grad_y, const void* x, void* grad_x,
 }
 
 extern "C" int mp_silu_modulated(const void* x, const void* c, void* y, int64_t batch, int64_t channels, int64_t pixels,
-                                 bool channels_last, int dtype) {
+                                 bool channels_last, int dtype, const int64_t* philox, int64_t subsequence,
+                                 int64_t threshold) {
   return edm2::cuda::launch_mp_silu_modulated(
-      {x, c, y, {batch, channels, pixels, channels_last}, static_cast<DType>(dtype)}, nullptr);
+      {x, c, y, {batch, channels, pixels, channels_last}, static_cast<DType>(dtype), {philox, subsequence, threshold}},
+      nullptr);
 }
 
 extern "C" int64_t mp_silu_modulated_backward_workspace(int64_t batch, int64_t channels, int64_t pixels,
@@ -24,8 +26,15 @@ extern "C" int64_t mp_silu_modulated_backward_workspace(int64_t batch, int64_t c
 
 extern "C" int mp_silu_modulated_backward(const void* grad_y, const void* x, const void* c, void* grad_x, void* grad_c,
                                           float* workspace, int64_t batch, int64_t channels, int64_t pixels,
-                                          bool channels_last, int dtype) {
-  return edm2::cuda::launch_mp_silu_modulated_backward(
-      {grad_y, x, c, grad_x, grad_c, {batch, channels, pixels, channels_last}, static_cast<DType>(dtype)}, workspace,
-      nullptr);
+                                          bool channels_last, int dtype, const int64_t* philox, int64_t subsequence,
+                                          int64_t threshold) {
+  return edm2::cuda::launch_mp_silu_modulated_backward({grad_y,
+                                                        x,
+                                                        c,
+                                                        grad_x,
+                                                        grad_c,
+                                                        {batch, channels, pixels, channels_last},
+                                                        static_cast<DType>(dtype),
+                                                        {philox, subsequence, threshold}},
+                                                       workspace, nullptr);
 }

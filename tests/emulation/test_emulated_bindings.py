@@ -115,6 +115,20 @@ def test_mp_silu(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad
         )
 
 
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dropout(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    dropout = (torch.tensor([1, 9, 2, 9])[::2], 7, 20_000)
+    check(
+        lambda x, c: ops.mp_silu_modulated_dropout(x, c, *dropout),
+        lambda g, x, c: ops.mp_silu_modulated_dropout_backward(g, x, c, *dropout),
+        lambda x, c: reference.mp_silu_modulated(x, c, 20_000 / 2**16, *dropout[:2]),
+        [emulated.random_tensor(*shape, dtype=torch.float32), torch.randn(shape[:2])],
+        layout,
+        grad_layout,
+    )
+
+
 def test_modulated_backward_over_several_chunks(ops: SimpleNamespace):
     x = emulated.random_tensor(2, 8, 65, 65, dtype=torch.float32)
     for layout in ("contiguous", "channels_last"):
@@ -172,6 +186,15 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
         r"pixel_norm: x: expected shape \[batch, channels, ...\], got \[4\]": lambda: ops.pixel_norm(x[0, 0], EPS),
         r"mp_silu_modulated: c: expected shape \[2, 3\], got \[3, 2\]": lambda: ops.mp_silu_modulated(x, c.t()),
         "mp_silu_modulated: c: expected dtype Float, got Half": lambda: ops.mp_silu_modulated(x, c.half()),
+        r"mp_silu_modulated_dropout: philox: expected int64 of shape \[2\], got Float of shape \[2, 3\]": lambda: (
+            ops.mp_silu_modulated_dropout(x, c, c, 0, 9)
+        ),
+        "mp_silu_modulated_dropout: threshold: expected 0 to 65535, got 65536": lambda: ops.mp_silu_modulated_dropout(
+            x, c, torch.arange(2), 0, 65536
+        ),
+        "mp_silu_modulated_dropout: subsequence: expected 0 to 65535, got -1": lambda: ops.mp_silu_modulated_dropout(
+            x, c, torch.arange(2), -1, 9
+        ),
         "mp_silu_backward: grad: expected shape": lambda: ops.mp_silu_backward(x[:1], x),
         "pixel_norm_silu_backward: grad_silu: expected dtype": lambda: ops.pixel_norm_silu_backward(
             x, x.half(), x, EPS

@@ -1,4 +1,4 @@
-"""MP-SiLU, modulated or not, and the backwards: the CUDA kernels under emulation against the reference in float64."""
+"""MP-SiLU, modulated or not, with or without dropout, and backwards: CUDA kernels against the float64 reference."""
 
 import itertools
 from functools import partial
@@ -106,18 +106,42 @@ CASES = [
 ]
 
 
-def modulated(library: Library, x: Tensor, c: Tensor, channels_last: bool, offset: int = 0) -> list[Tensor]:
-    """mp_silu(x * c) of x [N, C, P] and c [N, C]."""
+class Dropout(NamedTuple):
+    """As the launchers and the reference get it."""
+
+    philox: Tensor | None = None
+    subsequence: int = 0
+    threshold: int = 0
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"dropout": self.threshold / 2**16, "philox": self.philox, "subsequence": self.subsequence}
+
+
+NO_DROPOUT = Dropout()
+DROPOUT = Dropout(torch.tensor([0x123456789ABCDEF, -0x7EDCBA9876543211]), 40_000, 20_000)
+
+
+def modulated(
+    library: Library, x: Tensor, c: Tensor, channels_last: bool, offset: int = 0, dropout: Dropout = NO_DROPOUT
+) -> list[Tensor]:
+    """mp_silu(x * c) of x [N, C, P] and c [N, C], and dropout."""
     source = Guarded(emulated.to_memory(x, channels_last), x.dtype, offset)
     scale = Guarded(c, x.dtype, offset)
     y = Guarded(x.numel(), x.dtype, offset)
-    library.call("mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *x.shape, channels_last, x.dtype)
+    library.call("mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *x.shape, channels_last, x.dtype, *dropout)
     y.check_margins()
     return [emulated.from_memory(y.tensor, x.shape, channels_last)]
 
 
 def modulated_backward(
-    library: Library, grad: Tensor, x: Tensor, c: Tensor, channels_last: bool, offset: int = 0
+    library: Library,
+    grad: Tensor,
+    x: Tensor,
+    c: Tensor,
+    channels_last: bool,
+    offset: int = 0,
+    dropout: Dropout = NO_DROPOUT,
 ) -> list[Tensor]:
     """The gradients of x and c."""
     dtype = x.dtype
@@ -128,29 +152,29 @@ def modulated_backward(
     floats = library.int64("mp_silu_modulated_backward_workspace", *x.shape, channels_last)
     workspace = Guarded(floats, torch.float32)
     tensors = [t.tensor for t in (*inputs, grad_x, grad_c, workspace)]
-    library.call("mp_silu_modulated_backward", *tensors, *x.shape, channels_last, dtype)
+    library.call("mp_silu_modulated_backward", *tensors, *x.shape, channels_last, dtype, *dropout)
     for output in (grad_x, grad_c, workspace):
         output.check_margins()
     return [emulated.from_memory(grad_x.tensor, x.shape, channels_last), grad_c.tensor.reshape(c.shape)]
 
 
-def plain_modulated(x: Tensor, c: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_modulated(x: Tensor, c: Tensor, grad: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor]:
     """Output and gradients in plain torch, in x's dtype."""
     x, c = x.detach().requires_grad_(), c.detach().requires_grad_()
-    y = reference.mp_silu_modulated(x, c)
+    y = reference.mp_silu_modulated(x, c, **dropout.options)
     return y.detach(), *torch.autograd.grad(y, (x, c), grad)
 
 
-def check_modulated(library: Library, case: Case, dtype: torch.dtype) -> None:
+def check_modulated(library: Library, case: Case, dtype: torch.dtype, dropout: Dropout = NO_DROPOUT) -> None:
     """Forward and backward in both layouts under all schedules."""
     shape = (case.n, case.c, case.p)
     x = emulated.random_tensor(*shape, dtype=dtype)
     c = emulated.random_tensor(case.n, case.c, dtype=dtype, seed=1)
     grad = emulated.random_tensor(*shape, dtype=dtype, seed=2)
-    exact = plain_modulated(x.double(), c.double(), grad.double())
-    rounded = plain_modulated(x, c, grad)
+    exact = plain_modulated(x.double(), c.double(), grad.double(), dropout)
+    rounded = plain_modulated(x, c, grad, dropout)
     for layout in case.layouts:
-        arguments = (c, layout == "nhwc", case.offset)
+        arguments = (c, layout == "nhwc", case.offset, dropout)
         outputs = emulated.under_all_schedules(library, partial(modulated, library, x, *arguments))
         outputs += emulated.under_all_schedules(library, partial(modulated_backward, library, grad, x, *arguments))
         for name, out, low, high in zip(("y", "grad_x", "grad_c"), outputs, rounded, exact, strict=True):
@@ -161,6 +185,25 @@ def check_modulated(library: Library, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_modulated_matches_reference(library: Library, case: Case, dtype: torch.dtype):
     check_modulated(library, case, dtype)
+
+
+DROPOUT_CASES = [case for case in CASES if case.c < 2000]
+
+
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("case", DROPOUT_CASES, ids=str)
+def test_dropout_matches_reference(library: Library, case: Case, dtype: torch.dtype):
+    check_modulated(library, case, dtype, DROPOUT)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("threshold", [1, 32768, 65535])
+def test_the_mask_is_that_of_the_reference(library: Library, threshold: int, dtype: torch.dtype, channels_last: bool):
+    dropout = Dropout(torch.tensor([-1, 1 << 40]), 65535, threshold)
+    x = torch.ones(2, 24, 700, dtype=dtype)
+    (y,) = modulated(library, x, torch.ones(2, 24, dtype=dtype), channels_last, 0, dropout)
+    assert torch.equal(y != 0, reference.dropout_mask(x.shape, threshold, dropout.philox, 65535))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

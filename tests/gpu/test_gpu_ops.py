@@ -139,6 +139,38 @@ def test_ops_match_reference(shape: tuple[int, ...], dtype: torch.dtype, layout:
     compare(ops.mp_silu_modulated, reference.mp_silu_modulated, [x, c], grads, calls)
 
 
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dropout_matches_reference(shape: tuple[int, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    x, c = LAYOUTS[layout](randn(*shape).to(dtype)), randn(*shape[:2], seed=3).to(dtype)
+    options = {"dropout": 0.3, "philox": torch.tensor([1 << 40, -5], device="cuda"), "subsequence": 12}
+    compare(
+        lambda x, c: ops.mp_silu_modulated(x, c, **options),
+        lambda x, c: reference.mp_silu_modulated(x, c, **options),
+        [x, c],
+        gradients(x, grad_layout),
+        {"mp_silu_modulated_dropout", "mp_silu_modulated_dropout_backward"},
+    )
+
+
+def test_dropout_in_a_graph_draws_anew_at_every_replay():
+    x, c = _channels_last(randn(4, 192, 16, 16).half()), randn(4, 192).half()
+    philox = torch.zeros(2, dtype=torch.int64, device="cuda")
+    ops.mp_silu_modulated(x, c, 0.5, philox)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        philox.random_()
+        y = ops.mp_silu_modulated(x, c, 0.5, philox)
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        masks.append(y != 0)
+        assert torch.equal(y, ops.mp_silu_modulated(x, c, 0.5, philox))
+    assert 0.45 < (masks[0] == masks[1]).float().mean() < 0.55
+    assert 0.45 < (masks[1] == masks[2]).float().mean() < 0.55
+
+
 def test_zero_pixels():
     x = torch.zeros(1, 24, 4, 4, device="cuda", requires_grad=True)
     y = ops.pixel_norm(x)

@@ -104,6 +104,10 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list
     "pixel_norm_silu": (lambda m, x: m.pixel_norm(x, silu=True), [(2, 3, 2, 2)]),
     "mp_silu": (lambda m, x: m.mp_silu(x), [(2, 5)]),
     "mp_silu_modulated": (lambda m, x, c: m.mp_silu_modulated(x, c), [(2, 3, 2, 2), (2, 3)]),
+    "mp_silu_modulated_dropout": (
+        lambda m, x, c: m.mp_silu_modulated(x, c, 0.4, torch.arange(2), 7),
+        [(2, 3, 2, 2), (2, 3)],
+    ),
     "mp_sum": (lambda m, a, b: m.mp_sum(a, b, 0.3), [(2, 3), (2, 3)]),
     "mp_sum_clip": (lambda m, a, b: m.mp_sum(a, b, 0.3, clip=1.3), [(2, 6), (2, 6)]),
     "mp_cat": (lambda m, a, b: m.mp_cat(a, b, 0.3), [(2, 3, 2), (2, 1, 2)]),

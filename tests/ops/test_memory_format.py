@@ -13,6 +13,7 @@ KEEPING: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...]]] = {
     "pixel_norm_silu": lambda x: ops.pixel_norm(x, silu=True),
     "mp_silu": ops.mp_silu,
     "mp_silu_modulated": lambda x: ops.mp_silu_modulated(x, x[..., 0, 0].detach()),
+    "mp_silu_modulated_dropout": lambda x: ops.mp_silu_modulated(x, x[..., 0, 0].detach(), 0.5, torch.arange(2)),
     "mp_sum": lambda x: ops.mp_sum(x, x.detach(), clip=2.0),
     "mp_cat": lambda x: ops.mp_cat(x, x.detach()),
     "mp_cat_silu": lambda x: ops.mp_cat(x, x.detach(), silu=True),

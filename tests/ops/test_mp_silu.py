@@ -9,7 +9,7 @@ from op_testing import DTYPES, LAYOUTS, compare
 from edm2ext import ops, reference
 
 SHAPES = [(7,), (), (3, 5), (2, 3, 5, 7), (1, 65, 3, 3), (4, 16, 8, 8), (2, 3, 2, 3, 5), (0, 4, 3, 3)]
-MODULATED_SHAPES = [shape for shape in SHAPES if len(shape) >= 2] + [(2, 130, 1, 1), (3, 5, 40)]
+MODULATED_SHAPES = [shape for shape in SHAPES if len(shape) >= 2] + [(2, 130, 1, 1), (3, 5, 40), (2, 3, 0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

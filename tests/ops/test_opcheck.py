@@ -10,6 +10,7 @@ from torch import Tensor
 import edm2ext.ops  # noqa: F401 - registers the fakes
 
 Make = Callable[..., Tensor]
+PHILOX = torch.tensor([5, 6])
 BOX, TAPS = [0.5, 0.5], [0.125, 0.375, 0.375, 0.125]
 
 
@@ -36,6 +37,11 @@ def arguments(name: str, r: Make) -> list[tuple]:
         "mp_silu_backward": [(expanded(x), x), (r(2, 6, 4, 5), y)],
         "mp_silu_modulated": [(x, c), (y, c)],
         "mp_silu_modulated_backward": [(expanded(x), x, c), (r(2, 6, 4, 5), y, c)],
+        "mp_silu_modulated_dropout": [(x, c, PHILOX, 3, 9000), (y, c, PHILOX, 0, 60000)],
+        "mp_silu_modulated_dropout_backward": [
+            (expanded(x), x, c, PHILOX, 3, 9000),
+            (r(2, 6, 4, 5), y, c, PHILOX, 0, 60000),
+        ],
         "mp_sum": [(x, r(2, 6, 4, 5), 0.3, math.inf), (y, r(2, 6, 4, 5), 0.3, 0.5)],
         "mp_sum_backward": [(expanded(x), x, r(2, 6, 4, 5), 0.3, 0.5), (y, y, y, 0.3, math.inf)],
         "mp_cat": [(x, r(2, 3, 4, 5), 0.3), (y, channels_last(r(2, 3, 4, 5)), 0.5)],
@@ -74,7 +80,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 31
+    assert len(NAMES) == 33
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

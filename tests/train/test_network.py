@@ -319,6 +319,19 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(net.eval()(x, 0.7), net(x, 0.7))
 
 
+def test_dropout_differs_between_blocks_and_repeats_with_the_generator(backend: str) -> None:
+    net = tiny(dropout=0.5).train()
+    net.unet.out_gain.data.fill_(1)
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    assert sorted(block.dropout_index for block in blocks) == list(range(len(blocks)))
+    x = torch.randn(2, 4, 16, 16)
+    state = torch.get_rng_state()
+    first = net(x, 0.7)
+    assert (net(x, 0.7) - first).abs().max() > 0.1
+    torch.set_rng_state(state)
+    torch.testing.assert_close(net(x, 0.7), first)  # but for the rounding of one more forced normalisation
+
+
 def test_half_precision_falls_back_on_the_cpu(filled: Precond) -> None:
     x = torch.randn(2, 4, 16, 16)
     filled.eval().requires_grad_(False)

@@ -1,7 +1,9 @@
-// MP-SiLU, f(z) = z * sigmoid(z) / 0.596, and modulated MP-SiLU, f(x * c) with c per sample and channel.
+// MP-SiLU, f(z) = z * sigmoid(z) / 0.596, and modulated MP-SiLU, f(x * c) with c per sample and channel, optionally
+// followed by dropout.
 #pragma once
 
 #include "edm2/common.h"
+#include "edm2/philox.h"
 
 namespace edm2 {
 
@@ -26,6 +28,7 @@ struct MPSiLUModulatedParams {
   void* y;
   Activation shape;
   DType dtype;
+  Dropout dropout = {};
 };
 
 struct MPSiLUModulatedBackwardParams {
@@ -36,6 +39,7 @@ struct MPSiLUModulatedBackwardParams {
   void* grad_c;  // [batch, channels]: sum over pixels
   Activation shape;
   DType dtype;
+  Dropout dropout = {};
 };
 
 namespace cpu {
