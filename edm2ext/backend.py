@@ -1,5 +1,6 @@
 """Which implementation serves a call: the native kernels or the plain-torch reference."""
 
+import functools
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -60,6 +61,7 @@ def get_backend() -> Backend:
 _registrations = torch.library.Library("edm2", "FRAGMENT")
 
 
+@functools.cache
 def op(name: str) -> Callable[..., Any] | None:
     """The native op `edm2::name`, or None without a native library.
 

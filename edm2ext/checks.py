@@ -49,6 +49,16 @@ def gain(function: str, value: "Tensor | float") -> None:
         raise TypeError(f"{function}: gain must be a number or a 0-dim tensor, got {type(value).__name__}")
 
 
+def prepared_weight(w: Tensor, effective: Tensor, gain_: "Tensor | float", gradients: str) -> None:
+    """`effective` has the shape of the raw weight `w`, and `gradients` is a known word."""
+    weight("prepared_weight", "w", w)
+    gain("prepared_weight", gain_)
+    if effective.shape != w.shape:
+        raise ValueError(f"prepared_weight: effective must have w's shape {list(w.shape)}, got {list(effective.shape)}")
+    if gradients not in ("raw", "effective"):
+        raise ValueError(f"prepared_weight: gradients must be 'raw' or 'effective', got {gradients!r}")
+
+
 def epsilon(function: str, eps: float) -> None:
     """`eps` is positive."""
     if not eps > 0:

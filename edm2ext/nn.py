@@ -1,13 +1,16 @@
 """Magnitude-preserving layers for anyone's model. Parameter and buffer names are those of released EDM2 networks."""
 
 import math
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from edm2ext import ops
+from edm2ext.ops.prepared_weight import Gradients
+from edm2ext.reference import product_dtype
 
 Mode = Literal["forward", "step", "off"]
 _MODES = ("forward", "step", "off")
@@ -49,7 +52,90 @@ def forces_in_forward(training: bool) -> bool:
     return training and _mode == "forward" and torch.is_grad_enabled()
 
 
-class MPConv(nn.Module):
+class Prepared(NamedTuple):
+    """A layer's effective weight, made in advance by PreparedWeights."""
+
+    effective: Tensor
+    gain: "Tensor | float"
+    gradients: Gradients
+
+
+class Layer(nn.Module):
+    """What MPConv and MPLinear share: a raw weight, of which they use the effective one (2.6)."""
+
+    weight: nn.Parameter
+    prepared: Prepared | None = None
+
+    def effective_weight(self, gain: "Tensor | float" = 1, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight to multiply with, [out, in, ...] in `dtype` (default: the weight's): prepared, or made now, after
+        forced normalisation where it is due (2.6). Raises ValueError if it is prepared with another gain."""
+        if self.prepared is None:
+            if forces_in_forward(self.training):
+                ops.force_normalize_(self.weight)
+            return ops.effective_weight(self.weight, gain, dtype)
+        effective, made_with, gradients = self.prepared
+        if gain is not made_with and (isinstance(gain, Tensor) or gain != made_with):
+            raise ValueError(f"{type(self).__name__}: the weight is prepared with another gain than this call's")
+        weight = ops.prepared_weight(self.weight, effective, gain, gradients=gradients)
+        return weight if dtype is None else weight.to(dtype)
+
+
+class PreparedWeights:
+    """The effective weights of all layers of a module, made in one pass instead of layer by layer.
+
+    In a `with` block the module's MPConv and MPLinear layers use what the last `refresh` made, in forward and backward
+    passes; their weights are not force-normalised when they are called. ``gains`` says which layer's weight is
+    multiplied by which gain (others: 1). MPConv weights are made in ``dtype`` and ``memory_format``, MPLinear weights
+    in ``linear_dtype``. ``gradients``: see `ops.prepared_weight`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        gains: "Mapping[Layer, Tensor] | None" = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        linear_dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        gradients: Gradients = "raw",
+    ) -> None:
+        self.layers = [layer for layer in module.modules() if isinstance(layer, Layer)]
+        self.gains = [(gains or {}).get(layer, 1) for layer in self.layers]
+        self.gradients: Gradients = gradients
+        self.memory_format = memory_format
+        self.effective: list[Tensor] | None = None
+        self.dtypes = [dtype if isinstance(layer, MPConv) else linear_dtype for layer in self.layers]
+
+    def refresh(self, force: bool = False) -> None:
+        """Make the effective weights of the present weights and gains; with `force`, of the weights force-normalised
+        first, in place (2.6 step 2)."""
+        self.effective = ops.prepare_weights(
+            [layer.weight for layer in self.layers],
+            self.gains,
+            self.dtypes,
+            force=force,
+            memory_format=self.memory_format,
+            out=self.effective,
+        )
+
+    def __enter__(self) -> "PreparedWeights":
+        if self.effective is None:
+            self.refresh()
+        for layer, effective, gain in zip(self.layers, self.effective, self.gains, strict=True):
+            layer.prepared = Prepared(effective, gain, self.gradients)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for layer in self.layers:
+            layer.prepared = None
+
+
+class MPConv(Layer):
     """Magnitude-preserving 2-D convolution without bias, zero-padded to keep the size (2.6, Eqs. 47 and 66).
 
     The weight [out_channels, in_channels / groups, kernel_size, kernel_size] starts as N(0, 1).
@@ -76,12 +162,10 @@ class MPConv(nn.Module):
 
     def forward(self, x: Tensor, gain: "Tensor | float" = 1) -> Tensor:
         """x [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]; gain multiplies the weight."""
-        if forces_in_forward(self.training):
-            ops.force_normalize_(self.weight)
         return ops.mp_conv2d(
             x,
-            self.weight,
-            gain,
+            self.effective_weight(gain, product_dtype(x)),
+            prepared=True,
             stride=self.stride,
             dilation=self.dilation,
             groups=self.groups,
@@ -91,7 +175,7 @@ class MPConv(nn.Module):
         return f"weight={list(self.weight.shape)}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
 
 
-class MPLinear(nn.Module):
+class MPLinear(Layer):
     """Magnitude-preserving linear layer without bias (2.6, Eqs. 47 and 66).
 
     The weight [out_features, in_features] starts as N(0, 1).
@@ -103,9 +187,7 @@ class MPLinear(nn.Module):
 
     def forward(self, x: Tensor, gain: "Tensor | float" = 1) -> Tensor:
         """x [..., in_features] -> [..., out_features]; gain multiplies the weight."""
-        if forces_in_forward(self.training):
-            ops.force_normalize_(self.weight)
-        return ops.mp_linear(x, self.weight, gain)
+        return ops.mp_linear(x, self.effective_weight(gain, product_dtype(x)), prepared=True)
 
     def extra_repr(self) -> str:
         return f"weight={list(self.weight.shape)}"

@@ -63,8 +63,9 @@ class Block(torch.nn.Module):
         self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel_size=1) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, kernel_size=1) if self.num_heads else None
 
-    def forward(self, x: Tensor, emb: Tensor, x_silu: Tensor | None = None, philox: Tensor | None = None) -> Tensor:
-        """Map x [N, in_channels, H, W] and emb [N, emb_channels] (fp32) to [N, out_channels, H', W'] in x's dtype.
+    def forward(self, x: Tensor, c: Tensor, x_silu: Tensor | None = None, philox: Tensor | None = None) -> Tensor:
+        """Map x [N, in_channels, H, W] and the modulation c [N, out_channels] to [N, out_channels, H', W'], all of x's
+        dtype.
 
         ``x_silu`` is ``mp_silu(x)`` where the caller has it already (decoder blocks that keep the resolution:
         the concatenation with the skip emits it in the same pass). ``philox`` is what `ops.mp_silu_modulated` draws
@@ -82,9 +83,8 @@ class Block(torch.nn.Module):
             x_silu = ops.mp_silu(x)
 
         y = self.conv_res0(x_silu)
-        c = self.emb_linear(emb, gain=self.emb_gain) + 1
         dropout = self.dropout if self.training else 0.0
-        y = ops.mp_silu_modulated(y, c.to(y.dtype), dropout, philox, self.dropout_index)
+        y = ops.mp_silu_modulated(y, c, dropout, philox, self.dropout_index)
         y = self.conv_res1(y)
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
@@ -186,6 +186,16 @@ class UNet(torch.nn.Module):
             emb = ops.mp_sum(emb, labels, t=self.label_balance)
         return ops.mp_silu(emb)
 
+    def modulations(self, emb: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """What each block scales its residual branch by: c = emb_linear(emb) + 1 (spec 2.8), [N, out_channels] each.
+
+        One product with the rows of all blocks' weights, in emb's dtype; the results are cast to ``dtype``.
+        """
+        blocks = [block for block in (*self.enc.values(), *self.dec.values()) if isinstance(block, Block)]
+        weight = torch.cat([block.emb_linear.effective_weight(block.emb_gain, emb.dtype) for block in blocks])
+        c = torch.nn.functional.linear(emb, weight, bias=emb.new_ones(weight.shape[0]))
+        return torch.split_with_sizes_copy(c.to(dtype), [block.emb_linear.weight.shape[0] for block in blocks], dim=1)
+
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """F(x): x [N, img_channels, H, W] in the compute dtype; noise_labels [N] or [1] and class_labels
         [N or 1, label_dim] in fp32. Returns [N, img_channels, H, W] in x's dtype.
@@ -193,19 +203,20 @@ class UNet(torch.nn.Module):
         Training with dropout draws two integers from the global generator of x's device."""
         emb = self.embedding(noise_labels, class_labels).expand(x.shape[0], -1)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        modulations = iter(self.modulations(emb, x.dtype))
         philox = None
         if self.training and self.dropout > 0:
             philox = torch.randint(2**63 - 1, [2], device=x.device)
         skips: list[Tensor] = []
         for block in self.enc.values():
-            x = block(x, emb, philox=philox) if isinstance(block, Block) else block(x)
+            x = block(x, next(modulations), philox=philox) if isinstance(block, Block) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
             if "block" in name:
                 x, x_silu = ops.mp_cat(x, skips.pop(), t=self.concat_balance, silu=True)
-                x = block(x, emb, x_silu, philox)
+                x = block(x, next(modulations), x_silu, philox)
             else:
-                x = block(x, emb, philox=philox)
+                x = block(x, next(modulations), philox=philox)
         return self.out_conv(x, gain=self.out_gain)
 
 
