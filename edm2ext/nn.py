@@ -109,14 +109,14 @@ class PreparedWeights:
     def refresh(self, force: bool = False) -> None:
         """Make the effective weights of the present weights and gains; with `force`, of the weights force-normalised
         first, in place (2.6 step 2)."""
-        self.effective = ops.prepare_weights(
-            [layer.weight for layer in self.layers],
-            self.gains,
-            self.dtypes,
-            force=force,
-            memory_format=self.memory_format,
-            out=self.effective,
-        )
+        weights = [layer.weight for layer in self.layers]
+        if force:
+            ops.force_normalize_(weights)
+        with torch.no_grad():
+            self.effective = [
+                ops.effective_weight(w, gain, dtype)
+                for w, gain, dtype in zip(weights, self.gains, self.dtypes, strict=True)
+            ]
 
     def __enter__(self) -> "PreparedWeights":
         if self.effective is None:

@@ -22,8 +22,6 @@ import torch
 import tqdm
 from torch import Tensor
 
-from edm2ext import ops
-from edm2ext.nn import MPConv, MPLinear, force_normalization
 from edm2ext.phema import PowerEMA
 from python_train import UserError, checkpoint, config, data, rng
 from python_train.config import TrainOptions
@@ -130,7 +128,7 @@ class Trainer:
         self.net.compute_dtype = COMPUTE_DTYPES[options.precision]
         self.names = [name for name, _ in net.named_parameters()]
         self.params = list(net.parameters())
-        self.weights = [layer.weight for layer in net.modules() if isinstance(layer, MPConv | MPLinear)]
+        self.prepared = net.prepared_weights()
         self.loss = EDM2Loss(options.P_mean, options.P_std, net.sigma_data)
         self.optimizer = torch.optim.Adam(self.params, lr=options.lr, betas=(0.9, 0.99), eps=1e-8, fused=True)
         self.ddp: torch.nn.Module = net
@@ -168,12 +166,11 @@ class Trainer:
 
     def _accumulate(self, stored: Tensor, labels: Tensor) -> None:
         """Add the gradient of one micro-batch (spec 4.1)."""
-        # Forced weight normalisation (Eq. 66) for all layers in one call, where the layers would do it one by one.
-        with force_normalization("step"):
-            ops.force_normalize_(self.weights)
+        self.prepared.refresh(force=True)
+        with self.prepared:
             loss = self.loss(self.ddp, self.encoder.encode(stored), labels)
-        total = loss.sum()
-        total.mul(self.options.loss_scaling / (self.micro_batch * self.rounds)).backward()
+            total = loss.sum()
+            total.mul(self.options.loss_scaling / (self.micro_batch * self.rounds)).backward()
         mean = total.detach() / loss.numel()
         finite = mean.isfinite()
         self.loss_sum += torch.stack([torch.where(finite, mean, 0), finite])

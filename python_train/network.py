@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from edm2ext import ops
-from edm2ext.nn import MPConv, MPFourier, MPLinear
+from edm2ext.nn import Layer, MPConv, MPFourier, MPLinear, PreparedWeights
+from edm2ext.ops.prepared_weight import Gradients
 
 
 class Block(torch.nn.Module):
@@ -283,14 +284,25 @@ class Precond(torch.nn.Module):
         c_in = 1 / (self.sigma_data**2 + sigma**2).sqrt()
         c_noise = sigma.flatten().log() / 4
 
-        dtype = self.compute_dtype
-        if force_fp32 or (dtype == torch.float16 and x.device.type not in ("cuda", "meta")):
-            dtype = torch.float32
+        dtype = torch.float32 if force_fp32 else self._dtype_on(x.device)
         F_x = self.unet((c_in * x).to(dtype, memory_format=self.memory_format), c_noise, class_labels)
         D_x = c_skip * x + c_out * F_x.to(torch.float32, memory_format=torch.contiguous_format)
         if not return_logvar:
             return D_x
         return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype of the U-Net's main path: float16 is for GPUs."""
+        on_gpu = device.type in ("cuda", "meta")
+        return self.compute_dtype if on_gpu or self.compute_dtype != torch.float16 else torch.float32
+
+    def prepared_weights(self, gradients: Gradients = "raw") -> PreparedWeights:
+        """The effective weights of all layers, to be made in one pass: convolutions' in the compute dtype."""
+        blocks = [block for block in self.unet.modules() if isinstance(block, Block)]
+        gains: dict[Layer, Tensor] = {block.emb_linear: block.emb_gain for block in blocks}
+        gains[self.unet.out_conv] = self.unet.out_gain
+        dtype = self._dtype_on(self.unet.out_gain.device)
+        return PreparedWeights(self, gains, dtype, gradients=gradients)
 
     def _check(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor | None:
         """Validate the call's shapes and return the labels the U-Net shall see."""
