@@ -157,8 +157,8 @@ Compute<T> modulated_backward_plane(const T* __restrict grad_y, const T* __restr
   return grad_c;
 }
 
-/// A block of channels of all pixels of one sample, channels_last. Sums of some pixels are summed: one long sum would
-/// lose digits. Its first element is at `first_masked` in dropout's order.
+/// A block of channels of all pixels of one sample, channels_last. Sums of some pixels are summed with Kahan's
+/// correction: one long sum would lose digits. Its first element is at `first_masked` in dropout's order.
 template <class T, bool kDropout>
 void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x, const T* __restrict c,
                               T* __restrict grad_x, T* __restrict grad_c, int64_t block, int64_t channels,
@@ -168,6 +168,7 @@ void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x,
   C c_block[kModulatedChannelBlock];
   C factors[kModulatedChannelBlock];
   C total[kModulatedChannelBlock] = {};
+  C excess[kModulatedChannelBlock] = {};
   for (int64_t i = 0; i < block; ++i) c_block[i] = widen(c[i]);
   for (int64_t first = 0; first < pixels; first += kPixels) {
     C sum[kModulatedChannelBlock] = {};
@@ -185,7 +186,12 @@ void modulated_backward_block(const T* __restrict grad_y, const T* __restrict x,
         sum[i] += grad_z * xi;
       }
     }
-    for (int64_t i = 0; i < block; ++i) total[i] += sum[i];
+    for (int64_t i = 0; i < block; ++i) {
+      const C term = sum[i] - excess[i];
+      const C next = total[i] + term;
+      excess[i] = (next - total[i]) - term;
+      total[i] = next;
+    }
   }
   for (int64_t i = 0; i < block; ++i) grad_c[i] = narrow<T>(total[i]);
 }

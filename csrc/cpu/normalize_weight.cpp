@@ -6,12 +6,19 @@
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
+/// Sums of some elements are summed: one long sum would lose digits.
 template <class T>
 Compute<T> sum_of_squares(const T* __restrict w, int64_t size) {
-  Compute<T> sum = 0;
+  constexpr int64_t kElements = 512;
+  Compute<T> total = 0;
+  for (int64_t first = 0; first < size; first += kElements) {
+    const int64_t end = min(first + kElements, size);
+    Compute<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += widen(w[i]) * widen(w[i]);
-  return sum;
+    for (int64_t i = first; i < end; ++i) sum += widen(w[i]) * widen(w[i]);
+    total += sum;
+  }
+  return total;
 }
 
 /// rms of a row, and s = eps + rms (spec 2.1).
