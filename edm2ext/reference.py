@@ -8,7 +8,7 @@ Dynamics of Diffusion Models" (arXiv 2312.02696).
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +186,15 @@ def effective_weight(w, gain=1, dtype=None):
     if isinstance(gain, Tensor):
         gain = gain.to(normalized.dtype)
     return (normalized * (gain / math.sqrt(fan_in))).to(w.dtype if dtype is None else dtype)
+
+
+def prepared_weight(
+    w: Tensor, effective: Tensor, gain: "Tensor | float" = 1, *, gradients: Literal["raw", "effective"] = "raw"
+) -> Tensor:
+    """`effective`, differentiable in the raw weight w and the gain it was made from, or in w straight through (2.6)."""
+    checks.prepared_weight(w, effective, gain, gradients)
+    made = effective_weight(w, gain, effective.dtype) if gradients == "raw" else w.to(effective.dtype)
+    return effective + (made - made.detach())
 
 
 @torch.no_grad()

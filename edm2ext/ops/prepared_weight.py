@@ -25,8 +25,8 @@ def prepared_weight(
     checks.prepared_weight(w, effective, gain, gradients)
     if not torch.is_grad_enabled() or not (w.requires_grad or (isinstance(gain, Tensor) and gain.requires_grad)):
         return effective
-    if backend.transforming():
-        return reference.effective_weight(w, gain, effective.dtype)
+    if not backend.native(w, _KERNELS):
+        return reference.prepared_weight(w, effective, gain, gradients=gradients)
     if gradients == "effective":
         return _StraightThrough.apply(w, effective)
     return _Prepared.apply(w, gain, effective)
@@ -54,7 +54,7 @@ class _Prepared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w, *gains = ctx.saved_tensors
-        if backend.differentiating_backward() or not backend.native(w, _KERNELS):
+        if backend.differentiating_backward():
             function = lambda w, *gain: reference.effective_weight(w, *(gain or (ctx.gain,)), grad.dtype)  # noqa: E731
             found = backend.reference_vjp(function, (w, *gains), ctx.needs_input_grad[: 1 + len(gains)], (grad,))
             return found[0], found[1] if gains else None, None
