@@ -17,6 +17,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = Path(os.environ.get("EDM2EXT_EMULATED_SOURCES", ROOT))  # holds csrc: the repository, or a copy with a fault
+BUILD = Path(os.environ.get("EDM2EXT_EMULATION_BUILD", ROOT / "build" / "emulation"))
 _TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # edm2::DType, those with kernels
 
@@ -51,7 +52,7 @@ def _compile(command: list[str], sources: Sequence[Path], name: str, suffix: str
     digest = hashlib.sha256(" ".join(command).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    target = ROOT / "build" / "emulation" / f"{name}-{digest.hexdigest()[:16]}{suffix}"
+    target = BUILD / f"{name}-{digest.hexdigest()[:16]}{suffix}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}{suffix}")
@@ -70,10 +71,12 @@ def _object(name: str, root: Path) -> Path:
         HERE / f"{name}.cpp",
         *(f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in _INCLUDED),
     ]
-    if name == "emulator":
-        sources = [HERE / f"emulator{suffix}" for suffix in (".cpp", ".h")] + [HERE / "fiber.h"]
     command = [*_compiler(), *([] if SANITIZED else _ALIGNMENT), "-c", str(HERE / f"{name}.cpp")]
-    command += [f"-I{folder}" for folder in (HERE, HERE / "include", root / "csrc", root / "csrc" / "include")]
+    command += [f"-I{folder}" for folder in (HERE, HERE / "include")]
+    if name == "emulator":  # the same for every root
+        sources = [HERE / f"emulator{suffix}" for suffix in (".cpp", ".h")] + [HERE / "fiber.h"]
+        return _compile(command, sources, name, ".o")
+    command += [f"-I{folder}" for folder in (root / "csrc", root / "csrc" / "include")]
     if name == "bindings":
         sources += sorted((root / "csrc" / "torch").glob("*.cpp"))
         command += ["-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

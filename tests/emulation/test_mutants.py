@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import emulated
+import mutate
 import pytest
 import test_emulated_mp_silu
 import test_emulated_pixel_norm
@@ -121,3 +122,50 @@ def test_fault_is_found(tmp_path: Path, file: str, text: str, replacement: str):
     environment = {**os.environ, "EDM2EXT_EMULATED_SOURCES": str(root)}
     run = subprocess.run(command, env=environment, cwd=emulated.ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0, "all tests passed"
+
+
+# ---- faults seeded by mutate.py ----
+
+
+SOURCE = """
+template <int N>
+__global__ void f(float* x, int64_t count) {  // i < count
+  for (int64_t i = threadIdx.x; i < count; i += step) x[i] *= 2;
+  if (count > most) count = most;
+  __syncthreads();  // before x is read
+  const float half = x[0] / 2;
+  const Traffic traffic{2 * bytes, bytes};
+}
+"""
+
+
+def test_what_is_seeded():
+    changes = [(m.operator, m.change(SOURCE).split(" => ")[1]) for m in mutate.mutants("f.cuh", SOURCE)]
+    assert changes[0] == ("barrier", "; // before x is read")
+    assert {operator for operator, _ in changes[1:]} == {
+        *("bound", "arithmetic", "accumulation", "stride", "index", "condition", "constant", "rounding", "dropped")
+    }
+    assert ("bound", "for (int64_t i = threadIdx.x; i <= count; i += step) x[i] *= 2;") in changes
+    assert ("rounding", "const float half = __bfloat162float(__float2bfloat16_rn(x[0] / 2));") in changes
+    assert not [change for _, change in changes if "raffic" in change or "i <= count)" in change or ">=" in change]
+
+
+def run_mutate(*arguments: str) -> str:
+    """Runs mutate.py, in a process that has not loaded any kernels; returns what it printed."""
+    command = [sys.executable, f"{emulated.HERE}/mutate.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
+    return run.stdout
+
+
+def test_one_seeded_fault_in_every_kernel_file():
+    """A quick look that the tests of every family notice something; the test below looks closer, mutate.py at all."""
+    table = mutate(
+        "--only", ".cuh", "--operators", "index", "dropped", "--per-file", "1", "--quick", "--at-least", "0.8"
+    )
+    assert all(f"| csrc/cuda/{file.name} |" in table for file in KERNELS.glob("*.cuh"))
+
+
+@pytest.mark.slow
+def test_seeded_faults():
+    run_mutate("--per-file", "4", "--at-least", "0.9")

@@ -1,0 +1,540 @@
+"""Mutation testing of the CUDA kernels: faults are seeded in a copy of the sources, one at a time, and the emulated
+tests of some kernel family that the fault reaches must notice.
+
+python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--json FILE]
+
+Every barrier is removed. Other faults (bounds, strides, widths of reductions, indices, operators, constants, rounding,
+conditions, dropped statements) are made wherever the source offers one, and a sample of them, the same in every run,
+is tried for each file. A fault whose object code is that of the original is no fault. Those that no test can notice are
+in UNNOTICEABLE, with the reason. Exits with 1 if a barrier or more than 5 % of the others survive.
+
+Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops).
+"""
+
+import argparse
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import importlib
+import json
+import os
+import pickle
+import random
+import re
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FOLDERS = ("cuda", "include", "torch")  # of csrc, that the emulation compiles
+PATIENCE = 10  # a test that takes so many times as long as the slowest without a fault loops for ever
+
+# Name of the file, pattern that occurs in "line before => line after", why no test can notice.
+UNNOTICEABLE: list[tuple[str, str, str]] = [
+    ("*", r"kBlocksPerMultiprocessor|\blanes_for\(|\bkResidentBlocks", "shares out the work otherwise; same result"),
+    (
+        "mp_silu.cu",
+        r"chunks >= 1 \? workspace",
+        "with one chunk the workspace is empty, and the address of nothing null",
+    ),
+    (
+        "ema_update.cuh",
+        r"high = tensors \+ 1",
+        "first_chunk[tensors] is beyond every chunk: the search turns back there",
+    ),
+    ("mp_silu.cuh", r"column = static_cast<int>\(blockDim", "a tile is never wider than the block has threads"),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------- mutants
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change of one file: text[start:end] becomes `replacement`. `file` is relative to the root of the sources."""
+
+    file: str
+    operator: str
+    start: int
+    end: int
+    replacement: str
+
+    def apply(self, text: str) -> str:
+        return text[: self.start] + self.replacement + text[self.end :]
+
+    def change(self, text: str) -> str:
+        """What the line, or the lines, were and are: "before => after"."""
+        changed = self.apply(text)
+        begin = text.rfind("\n", 0, self.start) + 1
+        lines = (
+            text[begin : text.find("\n", self.end)],
+            changed[begin : changed.find("\n", self.start + len(self.replacement))],
+        )
+        return " => ".join(" ".join(line.split()) for line in lines)
+
+    def diff(self, text: str) -> str:
+        before, after = text.splitlines(), self.apply(text).splitlines()
+        lines = list(difflib.unified_diff(before, after, self.file, self.file, lineterm="", n=0))
+        return "\n".join(lines[2:])
+
+
+_CLAMP = r"\bif \((\S+) [<>]=? ([^()]+)\) \1 = \2;"  # where equality changes nothing
+_BARRIER = r"__sync(threads|warp)\([^()]*\);"
+_SWAPS = {
+    "bound": {" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > "},
+    "equality": {" == ": " != ", " != ": " == "},
+    "arithmetic": {" + ": " - ", " - ": " + ", " * ": " + ", " / ": " * ", " % ": " / "},
+    "logic": {" && ": " || ", " || ": " && ", "true": "false", "false": "true", "(!": "("},
+    "accumulation": {" += ": " = ", " -= ": " += "},
+    "stride": {" += ": " += 2 * ", " *= 2": " *= 4", " /= 2": " /= 4"},
+    "index": {
+        "threadIdx.x": "threadIdx.y",
+        "threadIdx.y": "threadIdx.x",
+        "blockIdx.x": "threadIdx.x",
+        "gridDim.x": "blockDim.x",
+        "blockDim.x": "blockDim.y",
+        "blockDim.y": "blockDim.x",
+    },
+    "width": {"kWarpSize": "(kWarpSize / 2)", "kThreads": "(kThreads / 2)", "lanes": "(lanes / 2)", "kPack<T>": "1"},
+    "smallest": {"std::min": "std::max", "std::max": "std::min", "fminf": "fmaxf", "fmaxf": "fminf"},
+}
+_ROUNDED = "__bfloat162float(__float2bfloat16_rn({}))"
+# Operator, pattern, its replacement (a template for re.Match.expand).
+_REWRITES = [
+    ("condition", r"\bif \((?!constexpr)(.*)\) ", r"if (!(\1)) "),
+    ("condition", r"\? ([\w.:]+) : ([\w.:]+)", r"? \2 : \1"),
+    ("constant", r"(?<![\w.])(\d+)(?![\w.])", r"(\1 + 1)"),
+    ("constant", r"(?<![\w.])([1-9]\d*)(?![\w.])", r"(\1 - 1)"),
+    ("constant", r"(?<![\w.])(\d+\.\d*f)", r"(\1 + 1)"),
+    ("stride", r"\+\+(\w+)", r"\1 += 2"),
+    ("rounding", r"(?<=\bfloat )(\w+ = )(?!-?[\d.]+f;)([^;{}]+);", r"\1" + _ROUNDED.format(r"\2") + ";"),
+    ("rounding", r"(?<=from_float<T>)\(([^()]+)\)", "(" + _ROUNDED.format(r"\1") + ")"),
+    ("dropped", r"\b(break|continue|return);", ";"),
+    ("dropped", r"(?<=^)( *)[\w.\[\]>()-]+ [-+*/]?= [^;{}]*;$", r"\1;"),
+    ("dropped", r"(?<=^)( *)[\w.:<>]+\([^;{}]*\);$", r"\1;"),
+    ("dropped", r"(?<=[)] )[\w.\[\]>-]+ [-+*/]?= [^;{}]*;$", ";"),
+]
+# What is no code that could go wrong, or has no meaning under emulation.
+_NO_CODE = re.compile(
+    r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"|^#[^\n]*|\btemplate <[^\n]*|\b__launch_bounds__\([^\n]*|\bstatic_assert\([^;]*;"
+    r"|^[^\n]*\b(bytes|\w+_bytes|[Tt]raffic|tally|namespace|using)\b[^\n]*|\w+_sync\(|\boperator\W+",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def mutants(file: str, text: str) -> Iterator[Mutant]:
+    """Every fault that can be seeded in the text, barriers first."""
+    for match in re.finditer(_BARRIER, _without(re.compile(r"//[^\n]*"), text)):
+        yield Mutant(file, "barrier", match.start(), match.end(), ";")
+    code = _without(_NO_CODE, text)
+    clamps = {i for match in re.finditer(_CLAMP, code) for i in range(*match.span())}
+    for operator, swaps in _SWAPS.items():
+        for old, new in swaps.items():
+            pattern = re.escape(old)
+            if old[0].isalpha():  # a whole word, and no declaration
+                pattern = r"(?<!\bint )(?<!int64_t )\b" + pattern + (r"\b" if old[-1].isalnum() else "")
+            for match in re.finditer(pattern, code):
+                if operator == "bound" and match.start() in clamps:
+                    continue
+                yield Mutant(file, operator, match.start(), match.end(), new)
+    for operator, pattern, template in _REWRITES:
+        for match in re.finditer(pattern, code, re.MULTILINE):
+            if "__sync" not in match[0]:
+                yield Mutant(file, operator, match.start(), match.end(), match.expand(template))
+
+
+def _without(pattern: "re.Pattern[str]", text: str) -> str:
+    """The text with what the pattern matches blanked out, so that places stay."""
+    return pattern.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+
+
+def sample(file: str, text: str, count: int, operators: Sequence[str] | None = None) -> list[Mutant]:
+    """All barriers and `count` other mutants of a file (0: all), taking turns among the operators (None: all)."""
+    every = [m for m in mutants(file, text) if operators is None or m.operator in operators]
+    chosen = [mutant for mutant in every if mutant.operator == "barrier"]
+    by_operator: dict[str, list[Mutant]] = {}
+    for mutant in (m for m in every if m.operator != "barrier"):
+        by_operator.setdefault(mutant.operator, []).append(mutant)
+    shuffle = random.Random(zlib.crc32(file.encode())).shuffle
+    for group in by_operator.values():
+        shuffle(group)
+    others = [m for turn in range(len(every)) for group in by_operator.values() for m in group[turn : turn + 1]]
+    return chosen + (others[:count] if count else others)
+
+
+def why_unnoticeable(mutant: Mutant, text: str) -> str:
+    """The reason listed for a mutant that no test can notice, or an empty string."""
+    name, change = Path(mutant.file).name, mutant.change(text)
+    fitting = (why for file, what, why in UNNOTICEABLE if fnmatch.fnmatch(name, file) and re.search(what, change))
+    return next(fitting, "")
+
+
+# ------------------------------------------------------------------------------------------------------------ families
+
+
+def families(root: Path) -> dict[str, set[str]]:
+    """{name: files of csrc/cuda that it is made of} for every tests/emulation/<name>.cpp that has a test file."""
+    found = {}
+    for source in sorted(HERE.glob("*.cpp")):
+        if source.stem != "bindings" and (HERE / f"test_emulated_{source.stem}.py").exists():
+            found[source.stem] = {str(f.relative_to(root)) for f in _included(source, root) if f.is_relative_to(root)}
+    return found
+
+
+def _included(source: Path, root: Path) -> set[Path]:
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        file = left.pop()
+        for name in re.findall(r'^#include "([^"]+)"', file.read_text(), re.MULTILINE):
+            places = [folder / name for folder in (file.parent, root / "csrc", root / "csrc" / "include")]
+            place = next((p.resolve() for p in places if p.exists()), None)
+            if place is not None and place not in found:
+                found.add(place)
+                left.append(place)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- running, in children
+
+
+@dataclasses.dataclass
+class Verdict:
+    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where."""
+
+    outcome: str
+    by: str = ""
+
+
+def in_child(function: Callable[[], object], log: Path) -> tuple[int, str]:
+    """Runs function in a forked process; returns its exit status (99 after an exception, a signal as negative) and what
+    it returned as a string, or the exception. What it prints goes to the log."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with log.open("ab") as sink:
+            os.dup2(sink.fileno(), 1)
+            os.dup2(sink.fileno(), 2)
+        _answer(write, lambda: str(function()).encode())
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        answer = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), answer
+
+
+def _answer(pipe: int, function: Callable[[], bytes]) -> NoReturn:
+    """Ends this process; what the function returns goes down the pipe, or its exception."""
+    status = 99
+    try:
+        answer = function()
+        status = 0
+    except BaseException as error:
+        answer = f"{type(error).__name__}: {error}"[:4000].encode()
+    with os.fdopen(pipe, "wb") as sink:
+        sink.write(answer)
+    os._exit(status)
+
+
+class _Plugin:
+    """Of pytest: tests that found faults before come first; which one finds this fault; a time limit for each."""
+
+    def __init__(self, first: Sequence[str], seconds: float) -> None:
+        self.order = {name: i for i, name in enumerate(first)}
+        self.seconds = seconds
+        self.slowest = self.started = 0.0
+        self.failed = ""
+
+    def pytest_runtest_logstart(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)  # of processor time; then a signal ends the process
+        self.started = time.process_time()
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.slowest = max(self.slowest, time.process_time() - self.started)
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items.sort(key=lambda item: self.order.get(item.nodeid.split("/")[-1], len(self.order)))
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        if report.failed and not self.failed:  # type: ignore[attr-defined]
+            self.failed = report.nodeid.split("/")[-1]  # type: ignore[attr-defined]
+
+
+def _emulated(root: Path, build: Path) -> object:
+    """The module that compiles and loads kernels, set to a copy of the sources and to a folder for what it builds."""
+    os.environ.update(EDM2EXT_EMULATED_SOURCES=str(root), EDM2EXT_EMULATION_BUILD=str(build))
+    sys.path.insert(0, str(HERE))
+    import emulated
+
+    flags = [flag for flag in emulated._FLAGS if not flag.startswith(("-W", "-g"))]
+    emulated._FLAGS[:] = [*flags, "-w", "-g0", f"-ffile-prefix-map={root}=."]
+    return emulated
+
+
+def compile_family(family: str, root: Path, build: Path) -> bytes:
+    """The object code of a family."""
+    return _emulated(root, build)._object(family, root).read_bytes()  # type: ignore[attr-defined]
+
+
+def run_tests(family: str, root: Path, build: Path, first: Sequence[str], seconds: float) -> str:
+    """The test that failed, or an empty string; and the processor time of the slowest. Each has so many seconds."""
+    _emulated(root, build)
+    import pytest
+
+    plugin = _Plugin(first, seconds)
+    os.chdir(HERE)
+    command = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"test_emulated_{family}.py"]
+    code = pytest.main(command, plugins=[plugin])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest: {code!r}")
+    return f"{plugin.failed}\n{plugin.slowest}"
+
+
+def copy_sources(root: Path, target: Path) -> None:
+    for part in FOLDERS:
+        shutil.copytree(root / "csrc" / part, target / "csrc" / part)
+
+
+class Tree:
+    """The copy of the sources and the folder of objects that one mutant at a time is tried in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "sources"
+        self.build = folder / "build"
+        self.log = folder / "log"
+        self.build.mkdir(parents=True)
+        copy_sources(ROOT, self.root)
+
+    def objects(self, family: str) -> "tuple[int, str, bytes]":
+        file = self.build / "object"
+        status, answer = in_child(lambda: file.write_bytes(compile_family(family, self.root, self.build)), self.log)
+        code = file.read_bytes() if status == 0 else b""
+        return status, answer, code.replace(str(self.root).encode(), b".")  # the sanitizer's messages name the file
+
+    def test(self, family: str, first: Sequence[str], seconds: float) -> "tuple[Verdict, float]":
+        """The verdict, and the seconds that the slowest test took."""
+        status, answer = in_child(lambda: run_tests(family, self.root, self.build, first, seconds), self.log)
+        if status == 99:
+            raise RuntimeError(f"{family}: {answer}\n{self.log.read_text(errors='replace')[-3000:]}")
+        if status < 0:
+            return Verdict("killed", "never ends" if status == -signal.SIGPROF else f"signal {-status}"), seconds
+        failed, slowest = answer.split("\n")
+        return Verdict("killed", failed) if failed else Verdict("survived"), float(slowest)
+
+    def clean(self) -> None:
+        for file in self.build.iterdir():
+            if not file.name.startswith("emulator-"):
+                file.unlink()
+        self.log.unlink(missing_ok=True)
+
+
+class Original(NamedTuple):
+    """A family without a fault: its object code, and the time limit for its tests."""
+
+    code: bytes
+    seconds: float
+
+
+def original(family: str, tree: Tree) -> Original:
+    """Raises RuntimeError unless the family passes its tests."""
+    status, answer, code = tree.objects(family)
+    if status != 0:
+        raise RuntimeError(f"{family} does not compile: {answer}")
+    verdict, slowest = tree.test(family, [], 600)
+    tree.clean()
+    if verdict.outcome == "killed":
+        raise RuntimeError(f"{family}: its tests fail without a fault: {verdict.by}")
+    return Original(code, 1 + PATIENCE * slowest)
+
+
+def judge(
+    mutant: Mutant, tree: Tree, reached: Sequence[str], originals: dict[str, Original], first: Sequence[str]
+) -> Verdict:
+    """Tries a mutant on the families it reaches, until one notices."""
+    target = tree.root / mutant.file
+    text = target.read_text()
+    target.write_text(mutant.apply(text))
+    try:
+        verdict = Verdict("same")
+        for family in reached:
+            status, answer, code = tree.objects(family)
+            if status != 0 and "CalledProcessError" not in answer:
+                raise RuntimeError(f"{family}: {answer}")
+            if status != 0:
+                return Verdict("stillborn")
+            if code != originals[family].code:
+                verdict, _ = tree.test(family, first, originals[family].seconds)
+                if verdict.outcome == "killed":
+                    return verdict
+        return verdict
+    finally:
+        target.write_text(text)
+        tree.clean()
+
+
+def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], quick: bool = False) -> list[Verdict]:
+    """The verdict on every mutant. Unless `quick`, the original must first pass the tests of all families concerned."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    for module in ("pytest", "edm2ext"):  # loaded here once, not in every child
+        importlib.import_module(module)
+    made_of = families(ROOT)
+    reached = {
+        file: sorted((family for family in made_of if file in made_of[family]), key=lambda f: f != Path(file).stem)
+        for file in {mutant.file for mutant in chosen}
+    }
+    concerned = sorted({family for names in reached.values() for family in names})
+    verdicts: dict[int, Verdict] = {}
+    killers: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="edm2-mutants-") as folder:
+        trees = [Tree(Path(folder) / str(i)) for i in range(jobs)]
+        originals = dict.fromkeys(concerned, Original(b"", 60))
+        if not quick:
+            for i, result in _in_parallel([functools.partial(original, family) for family in concerned], trees):
+                originals[concerned[i]] = result
+        tasks = [
+            lambda tree, m=m: judge(m, tree, reached[m.file], originals, killers)  # `killers` as it is by then
+            for m in chosen
+        ]
+        for i, verdict in _in_parallel(tasks, trees):
+            verdicts[i] = verdict
+            if "::" in verdict.by:
+                killers[:] = [verdict.by, *(name for name in killers if name != verdict.by)][:50]
+            line = (
+                f"{len(verdicts)}/{len(chosen)} {chosen[i].file} {chosen[i].operator}: {verdict.outcome} {verdict.by}"
+            )
+            progress(line.strip())
+    return [verdicts[i] for i in range(len(chosen))]
+
+
+def _in_parallel(tasks: Sequence[Callable[[Tree], Any]], trees: Sequence[Tree]) -> Iterator[tuple[int, Any]]:
+    """Runs the tasks in forked processes, one for each tree at a time; yields (number, result) as they end."""
+    running: dict[int, tuple[int, int, Tree]] = {}
+    free, left = list(trees), list(enumerate(tasks))
+    try:
+        while left or running:
+            while left and free:
+                number, task = left.pop(0)
+                tree = free.pop()
+                read, write = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    _answer(write, lambda task=task, tree=tree: pickle.dumps(task(tree)))
+                os.close(write)
+                running[pid] = (number, read, tree)
+            # Reading to the end first: a child whose answer fills the pipe would wait for ever.
+            ready, _, _ = select.select([read for _, read, _ in running.values()], [], [])
+            pid, (number, read, tree) = next(item for item in running.items() if item[1][1] in ready)
+            with os.fdopen(read, "rb") as pipe:
+                answer = pipe.read()
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            del running[pid]
+            free.append(tree)
+            if status != 0:
+                raise RuntimeError(answer.decode() or f"a process ended with status {status}")
+            yield number, pickle.loads(answer)
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of one mutant; `excuse`: why it may survive."""
+
+    mutant: Mutant
+    verdict: Verdict
+    diff: str
+    excuse: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether a test should have noticed."""
+        return self.verdict.outcome in ("killed", "survived") and not (
+            self.excuse and self.verdict.outcome == "survived"
+        )
+
+    @property
+    def survived(self) -> bool:
+        return self.counts and self.verdict.outcome == "survived"
+
+
+def sources(root: Path = ROOT) -> dict[str, str]:
+    """{path from the root: text} of the files to mutate."""
+    files = {name for parts in families(root).values() for name in parts}
+    skipped = {"csrc/include/edm2/math.h", "csrc/include/edm2/traffic.h"}
+    return {name: (root / name).read_text() for name in sorted(files - skipped) if name.startswith("csrc/")}
+
+
+def mutate(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], quick: bool = False) -> list[Result]:
+    texts = sources()
+    verdicts = run(chosen, jobs, progress, quick)
+    return [
+        Result(m, v, m.diff(texts[m.file]), why_unnoticeable(m, texts[m.file]))
+        for m, v in zip(chosen, verdicts, strict=True)
+    ]
+
+
+def report(results: Sequence[Result]) -> Iterator[str]:
+    """A table by file, and the diff of every survivor."""
+    yield "| file | barriers killed | others killed | excused | no other code | does not compile |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for name in [*sorted({r.mutant.file for r in results}), "total"]:
+        here = [r for r in results if name in (r.mutant.file, "total")]
+        barriers = [r for r in here if r.counts and r.mutant.operator == "barrier"]
+        others = [r for r in here if r.counts and r.mutant.operator != "barrier"]
+        counts = [sum(r.verdict.outcome == outcome for r in here) for outcome in ("same", "stillborn")]
+        excused = sum(r.verdict.outcome == "survived" and not r.counts for r in here)
+        killed = [f"{sum(not r.survived for r in group)} of {len(group)}" for group in (barriers, others)]
+        yield f"| {name} | {' | '.join(killed)} | {excused} | {counts[0]} | {counts[1]} |"
+    for result in results:
+        if result.verdict.outcome == "survived":
+            note = f" (excused: {result.excuse})" if result.excuse else ""
+            yield f"\nsurvived{note}: {result.mutant.file}, {result.mutant.operator}\n{result.diff}"
+
+
+def score(results: Sequence[Result]) -> float:
+    """Share of the faults other than barriers that were noticed."""
+    others = [r for r in results if r.counts and r.mutant.operator != "barrier"]
+    return 1 - sum(r.survived for r in others) / max(len(others), 1)
+
+
+def passes(results: Sequence[Result], at_least: float) -> bool:
+    return score(results) >= at_least and not any(r.survived for r in results if r.mutant.operator == "barrier")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--operators", nargs="*", help="only these kinds, such as barrier")
+    parser.add_argument("--per-file", type=int, default=25, help="faults besides barriers (0: every one)")
+    parser.add_argument("--quick", action="store_true", help="do not test the original first")
+    parser.add_argument("--at-least", type=float, default=0.95, help="share of the faults to be noticed")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every verdict here")
+    options = parser.parse_args()
+    texts = {name: text for name, text in sources().items() if options.only in name}
+    chosen = [m for name, text in texts.items() for m in sample(name, text, options.per_file, options.operators)]
+    started = time.monotonic()
+    results = mutate(chosen, options.jobs, lambda line: print(line, flush=True), options.quick)
+    print("\n".join(report(results)))
+    seconds = time.monotonic() - started
+    print(f"\n{100 * score(results):.1f} % of the faults noticed, {len(results)} tried in {seconds:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
+    return 0 if passes(results, options.at_least) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
