@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | setup | bench | arches | clean        (PYTHON=python3.12 make setup: another interpreter)
+# make demo | test | test-slow | lint | setup | bench | bench-cpp | arches | clean        (PYTHON=python3.12 make setup: another interpreter)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml requirements.txt $(shell find cs
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow lint bench arches clean
+.PHONY: setup demo test test-slow lint bench bench-cpp arches clean
 
 setup: $(STAMP)
 	@$(BIN)/python -m edm2ext
@@ -38,6 +38,12 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+
+# build/benchmarks/edm2_cuda_bench and edm2_cpu_bench: the kernels without Python and torch (CONTRIBUTING.md).
+bench-cpp: setup
+	$(BIN)/cmake -S . -B build/benchmarks -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DEDM2EXT_BENCHMARKS=ON
+	$(BIN)/cmake --build build/benchmarks --target edm2_benchmarks
 
 # Every architecture the kernels are written for; nothing is installed.
 arches: setup

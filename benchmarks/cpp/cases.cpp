@@ -1,0 +1,308 @@
+// The table of cases. A new kernel gets a function here that adds its cases, and a line in all_cases.
+#include "cases.h"
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#include "edm2/ema_update.h"
+#include "edm2/mp_silu.h"
+#include "edm2/pixel_norm.h"
+
+// Each of the two programs holds one half of the kernels, and names the other half nowhere.
+#ifdef EDM2_BENCH_CUDA
+#define GPU(...) __VA_ARGS__
+#define CPU(...) nullptr
+#define GPU_OR_0(...) __VA_ARGS__
+#else
+#define GPU(...) nullptr
+#define CPU(...) __VA_ARGS__
+#define GPU_OR_0(...) 0
+#endif
+
+namespace edm2::bench {
+
+int64_t Buffer::bytes() const { return numel * (dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2); }
+
+namespace {
+
+constexpr double kEps = 1e-4;
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return "fp16";
+    case DType::kBFloat16:
+      return "bf16";
+    case DType::kFloat64:
+      return "fp64";
+    default:
+      return "fp32";
+  }
+}
+
+/// An activation tensor [batch, channels, height, width].
+struct Image {
+  int64_t batch;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  bool channels_last;
+  DType dtype;
+
+  Activation shape() const { return {batch, channels, height * width, channels_last}; }
+  int64_t numel() const { return batch * channels * height * width; }
+  Buffer in() const { return {numel(), dtype, true}; }
+  Buffer out() const { return {numel(), dtype, false}; }
+  Buffer vector_in() const { return {batch * channels, dtype, true}; }  // [batch, channels]
+  Buffer vector_out() const { return {batch * channels, dtype, false}; }
+  /// Work items of the CPU kernels that take pixels (channels_last) or planes.
+  int64_t pixels_or_planes() const { return channels_last ? batch * height * width : batch * channels; }
+  /// " 256x192x64x64 fp16 nhwc"
+  std::string label() const {
+    std::string text;
+    for (const int64_t extent : {batch, channels, height, width}) {
+      text.append(text.empty() ? " " : "x").append(std::to_string(extent));
+    }
+    return text.append(" ").append(name_of(dtype)).append(channels_last ? " nhwc" : " nchw");
+  }
+};
+
+struct Table {
+  Size size;
+  std::vector<Case> cases;
+
+  std::vector<DType> dtypes() const {
+    if (size == Size::kCPU) return {DType::kFloat32, DType::kBFloat16};
+    if (size == Size::kGPU) return {DType::kFloat16, DType::kFloat32};
+    return {DType::kFloat16, DType::kBFloat16, DType::kFloat32};
+  }
+
+  /// The activations that every kernel on activations is timed with.
+  std::vector<Image> images() const {
+    std::vector<Image> found;
+    for (const bool channels_last : {true, false}) {
+      for (const DType dtype : dtypes()) {
+        switch (size) {
+          case Size::kSmall:
+            found.push_back({2, 24, 6, 8, channels_last, dtype});
+            found.push_back({3, 13, 4, 10, channels_last, dtype});
+            found.push_back({1, 2056, 2, 2, channels_last, dtype});
+            break;
+          case Size::kCPU:
+            found.push_back({16, 64, 16, 16, channels_last, dtype});
+            break;
+          case Size::kGPU:  // the widest activations of EDM2-S at 512 x 512
+            found.push_back({dtype == DType::kFloat32 ? 128 : 256, 192, 64, 64, channels_last, dtype});
+        }
+      }
+    }
+    return found;
+  }
+
+  /// `make` builds the parameters from the pointers to the buffers; `launch` is the launcher of the CUDA kernel,
+  /// `kernel` the CPU kernel over so many `items`.
+  template <class Make, class Params = std::invoke_result_t<Make, const Pointers&>>
+  void add(std::string name, std::vector<Buffer> buffers, Make make,
+           std::type_identity_t<std::function<int(const Params&, CUstream_st*)>> launch,
+           std::type_identity_t<std::function<void(const Params&, int64_t, int64_t)>> kernel, int64_t items) {
+    Case added{std::move(name), std::move(buffers), {}, {}};
+    if (launch) {
+      added.gpu = [=](const Pointers& pointers, CUstream_st* stream) { return launch(make(pointers), stream); };
+    }
+    if (kernel) added.cpu = [=](const Pointers& pointers) { kernel(make(pointers), 0, items); };
+    cases.push_back(std::move(added));
+  }
+
+  /// The same for a launcher with a workspace of so many floats, which is the last of the pointers.
+  template <class Make, class Params = std::invoke_result_t<Make, const Pointers&>>
+  void add(std::string name, std::vector<Buffer> buffers, int64_t floats, Make make,
+           std::type_identity_t<std::function<int(const Params&, float*, CUstream_st*)>> launch,
+           std::type_identity_t<std::function<void(const Params&, int64_t, int64_t)>> kernel, int64_t items) {
+    buffers.push_back({floats, DType::kFloat32, false});
+    add(std::move(name), std::move(buffers), make, nullptr, kernel, items);
+    if (!launch) return;
+    cases.back().gpu = [=](const Pointers& pointers, CUstream_st* stream) {
+      return launch(make(pointers), static_cast<float*>(pointers.back()), stream);
+    };
+  }
+};
+
+void mp_silu(Table& table) {
+  for (const Image& image : table.images()) {
+    if (!image.channels_last) continue;  // the layout is the same to it
+    const auto [numel, dtype] = std::pair(image.numel(), image.dtype);
+    table.add(
+        "mp_silu" + image.label(), {image.in(), image.out()},
+        [=](const Pointers& p) { return MPSiLUParams{p[0], p[1], numel, dtype}; }, GPU(cuda::launch_mp_silu),
+        CPU(cpu::mp_silu), numel);
+    table.add(
+        "mp_silu_backward" + image.label(), {image.in(), image.in(), image.out()},
+        [=](const Pointers& p) { return MPSiLUBackwardParams{p[0], p[1], p[2], numel, dtype}; },
+        GPU(cuda::launch_mp_silu_backward), CPU(cpu::mp_silu_backward), numel);
+  }
+}
+
+void mp_silu_modulated(Table& table) {
+  for (const Image& image : table.images()) {
+    table.add(
+        "mp_silu_modulated" + image.label(), {image.in(), image.vector_in(), image.out()},
+        [=](const Pointers& p) { return MPSiLUModulatedParams{p[0], p[1], p[2], image.shape(), image.dtype}; },
+        GPU(cuda::launch_mp_silu_modulated), CPU(cpu::mp_silu_modulated), image.pixels_or_planes());
+    table.add(
+        "mp_silu_modulated_backward" + image.label(),
+        {image.in(), image.in(), image.vector_in(), image.out(), image.vector_out()},
+        GPU_OR_0(cuda::mp_silu_modulated_backward_workspace(image.shape())),
+        [=](const Pointers& p) {
+          return MPSiLUModulatedBackwardParams{p[0], p[1], p[2], p[3], p[4], image.shape(), image.dtype};
+        },
+        GPU(cuda::launch_mp_silu_modulated_backward), CPU(cpu::mp_silu_modulated_backward),
+        cpu::mp_silu_modulated_backward_items(image.shape()));
+  }
+}
+
+void pixel_norm(Table& table) {
+  for (const Image& image : table.images()) {
+    const int64_t pixels = image.batch * image.height * image.width;
+    for (const bool silu : {false, true}) {
+      const std::string suffix = (silu ? "_silu" : "");
+      std::vector<Buffer> forward{image.in(), image.out()};
+      std::vector<Buffer> backward{image.in(), image.in(), image.out()};
+      if (silu) {
+        forward.push_back(image.out());
+        backward.push_back(image.in());
+      }
+      table.add(
+          "pixel_norm" + suffix + image.label(), forward,
+          [=](const Pointers& p) {
+            return PixelNormParams{p[0], p[1], silu ? p[2] : nullptr, image.shape(), image.dtype, kEps};
+          },
+          GPU(cuda::launch_pixel_norm), CPU(cpu::pixel_norm), pixels);
+      table.add(
+          "pixel_norm" + suffix + "_backward" + image.label(), backward,
+          [=](const Pointers& p) {
+            return PixelNormBackwardParams{p[0], silu ? p[3] : nullptr, p[1], p[2], image.shape(), image.dtype, kEps};
+          },
+          GPU(cuda::launch_pixel_norm_backward), CPU(cpu::pixel_norm_backward), pixels);
+    }
+  }
+}
+
+// ---- whole networks ----
+
+struct Network {
+  const char* name;
+  int64_t model_channels;
+  int64_t levels;  // channels 1, 2, ... times model_channels
+  int64_t blocks;  // of a level
+};
+
+struct Weight {
+  int64_t rows;
+  int64_t row_size;
+};
+
+std::vector<Network> networks(Size size) {
+  if (size == Size::kGPU) return {{"EDM2-S", 192, 4, 3}, {"EDM2-XXL", 448, 4, 3}};
+  return {{"a small network", size == Size::kSmall ? 8 : 32, 2, 1}};
+}
+
+/// The weights of the U-Net for latents [4, ., .] and 1000 classes, attention on the two lower levels (spec 3.1
+/// to 3.3).
+std::vector<Weight> weights_of(const Network& network) {
+  const int64_t base = network.model_channels;
+  const int64_t emb = base * network.levels;
+  std::vector<Weight> weights{{emb, base}, {emb, 1000}, {base, 5 * 9}};
+  const auto block = [&](int64_t in, int64_t out, bool decoder, bool attention) {
+    weights.push_back({out, (decoder ? in : out) * 9});
+    weights.push_back({out, emb});
+    weights.push_back({out, out * 9});
+    if (in != out) weights.push_back({out, in});
+    if (attention) {
+      weights.push_back({3 * out, out});
+      weights.push_back({out, out});
+    }
+  };
+  std::vector<int64_t> skips{base};
+  int64_t width = base;
+  for (int64_t level = 0; level < network.levels; ++level) {
+    if (level > 0) {
+      block(width, width, false, false);
+      skips.push_back(width);
+    }
+    for (int64_t i = 0; i < network.blocks; ++i) {
+      block(width, base * (level + 1), false, level >= network.levels - 2);
+      skips.push_back(width = base * (level + 1));
+    }
+  }
+  for (int64_t level = network.levels - 1; level >= 0; --level) {
+    block(width, width, true, level == network.levels - 1);
+    if (level == network.levels - 1) block(width, width, true, false);
+    for (int64_t i = 0; i <= network.blocks; ++i) {
+      block(width + skips.back(), base * (level + 1), true, level >= network.levels - 2);
+      skips.pop_back();
+      width = base * (level + 1);
+    }
+  }
+  weights.push_back({4, base * 9});
+  return weights;
+}
+
+/// Tensors laid end to end in one buffer, each at a multiple of 16 bytes.
+struct Ends {
+  std::vector<int64_t> offsets;
+  int64_t numel = 0;
+
+  explicit Ends(const std::vector<Weight>& weights) {
+    for (const Weight& weight : weights) {
+      offsets.push_back(numel);
+      numel += (weight.rows * weight.row_size + 7) / 8 * 8;
+    }
+  }
+};
+
+void ema_update(Table& table) {
+  constexpr int64_t kProfiles = 2;
+  static const double kWeights[kProfiles] = {0.1, 0.2};
+  for (const Network& network : networks(table.size)) {
+    const std::vector<Weight> weights = weights_of(network);
+    const Ends ends(weights);
+    const Buffer buffer{ends.numel, DType::kFloat32, true};
+    // What the parameters point to stays where it is for as long as the case lives.
+    struct Lists {
+      std::vector<EMATensor> tensors;
+      std::vector<void*> emas;
+    };
+    const auto lists = std::make_shared<Lists>();
+    lists->tensors.resize(weights.size());
+    lists->emas.resize(weights.size() * kProfiles);
+    int64_t items = 0;
+    for (const Weight& weight : weights) items += weight.rows * weight.row_size;
+    table.add(
+        std::string("ema_update 2 profiles of ") + network.name, std::vector<Buffer>(1 + kProfiles, buffer),
+        [=](const Pointers& p) {
+          for (size_t i = 0; i < weights.size(); ++i) {
+            const auto tensor = [&](size_t k) { return static_cast<float*>(p[k]) + ends.offsets[i]; };
+            void** emas = &lists->emas[i * kProfiles];
+            for (size_t k = 0; k < kProfiles; ++k) emas[k] = tensor(1 + k);
+            lists->tensors[i] = {tensor(0), emas, weights[i].rows * weights[i].row_size};
+          }
+          return EMAUpdateParams{lists->tensors.data(), kWeights, static_cast<int64_t>(weights.size()), kProfiles,
+                                 DType::kFloat32};
+        },
+        GPU(cuda::launch_ema_update), CPU(cpu::ema_update), items);
+  }
+}
+
+}  // namespace
+
+std::vector<Case> all_cases(Size size) {
+  Table table{size, {}};
+  mp_silu(table);
+  mp_silu_modulated(table);
+  pixel_norm(table);
+  ema_update(table);
+  return std::move(table.cases);
+}
+
+}  // namespace edm2::bench
