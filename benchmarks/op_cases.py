@@ -104,6 +104,9 @@ def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
     )
     yield Case(f"effective_weight {label}, forward", forward(ops.effective_weight, weights, gains))
     yield Case(f"force_normalize_ {label}", forward(ops.force_normalize_, [w.clone() for w in weights]))
+    prepared = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    prepare = partial(ops.prepare_weights, force=True, out=prepared)
+    yield Case(f"prepare_weights, forced, bfloat16 {label}", forward(prepare, [w.clone() for w in weights], gains))
     emas = [[w.clone() for w in weights] for _ in range(2)]
     yield Case(f"ema_update_ 2 profiles, {label}", forward(ops.ema_update_, emas, weights, [0.01, 0.02]))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

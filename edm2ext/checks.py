@@ -184,6 +184,38 @@ def weights_and_gains(w: Sequence[Tensor], gain: "Sequence[Tensor | float] | Ten
     return list(zip(weights, gains, strict=True))
 
 
+def preparation(
+    weights: Sequence[Tensor],
+    gains: "Sequence[Tensor | None] | None",
+    memory_format: torch.memory_format,
+    out: Sequence[Tensor] | None,
+) -> None:
+    """Weights, and for each a 0-dim gain or None, and a tensor that takes its effective weight."""
+    function = "prepare_weights"
+    for w in weights:
+        weight(function, "weights", w)
+    if gains is not None and len(gains) != len(weights):
+        raise ValueError(f"{function}: gains must have one entry per weight ({len(weights)}), got {len(gains)}")
+    for value in gains or ():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{function}: gains must be 0-dim tensors or None, got {type(value).__name__}")
+        if value is not None:
+            gain(function, value)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"{function}: memory_format must be contiguous_format or channels_last, got {memory_format}")
+    if out is None:
+        return
+    if len(out) != len(weights):
+        raise ValueError(f"{function}: out must have one entry per weight ({len(weights)}), got {len(out)}")
+    for i, (w, target) in enumerate(zip(weights, out, strict=True)):
+        floating(function, f"out[{i}]", target)
+        if target.shape != w.shape or target.device != w.device:
+            raise ValueError(
+                f"{function}: out[{i}] must be {list(w.shape)} on {w.device}, "
+                f"got {list(target.shape)} on {target.device}"
+            )
+
+
 def conv_arguments(
     x: Tensor,
     w: Tensor,

@@ -206,6 +206,41 @@ def force_normalize_(w: "Tensor | Sequence[Tensor]", eps: float = EPS) -> None:
         weight.copy_(normalize_weight(weight, eps))
 
 
+@torch.no_grad()
+def prepare_weights(
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor | None] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    force: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Effective weights outside autograd, after forced normalisation with `force` (2.6 steps 2 to 5, Eqs. 47, 66)."""
+    checks.preparation(weights, gains, memory_format, out)
+    out = prepared_like(weights, dtype, memory_format) if out is None else list(out)
+    if force:
+        force_normalize_(weights)
+    for w, gain, target in zip(weights, gains or [None] * len(weights), out, strict=True):
+        target.copy_(effective_weight(w, 1 if gain is None else gain, target.dtype))
+    return out
+
+
+def prepared_like(
+    weights: Sequence[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format
+) -> list[Tensor]:
+    """Uninitialised tensors for the weights' effective weights; the memory format is that of 4-dimensional ones."""
+    return [
+        torch.empty(
+            w.shape,
+            dtype=w.dtype if dtype is None else dtype,
+            device=w.device,
+            memory_format=memory_format if w.dim() == 4 else torch.contiguous_format,
+        )
+        for w in weights
+    ]
+
+
 def mp_conv2d(
     x: Tensor,
     w: Tensor,

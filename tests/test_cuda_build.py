@@ -31,6 +31,9 @@ REGISTERS = {
     "pixel_norm_backward_long_rows": 80,
     "pixel_norm_backward_planes": 80,
     "ema_update_chunks": 48,
+    "normalize_weight_rows": 80,
+    "normalize_weight_backward_rows": 128,
+    "sum_gain_gradients": 40,
 }
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [
@@ -45,6 +48,14 @@ OPS = [
     "mp_silu_modulated_dropout",
     "mp_silu_modulated_dropout_backward",
     "ema_update_",
+    "normalize_weight",
+    "normalize_weight_backward",
+    "effective_weight",
+    "effective_weight_backward",
+    "effective_weights",
+    "effective_weights_backward",
+    "force_normalize_",
+    "prepare_weights",
 ]
 
 

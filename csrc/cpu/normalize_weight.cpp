@@ -32,16 +32,24 @@ struct RowNorm {
       : rms(std::sqrt(sum_of_squares(w, size) / static_cast<C>(size))), s(rms + static_cast<C>(eps)) {}
 };
 
-/// out = w / s * factor. in and out may be the same row.
+/// out = w / s * factor. in and out may be the same row. Rows of out are transposes of [size / inner, inner].
 template <class T, class Out>
-void normalize_row(const T* w, Out* out, int64_t size, double eps, double factor) {
+void normalize_row(const T* w, Out* out, int64_t size, int64_t inner, double eps, double factor) {
   using C = Compute<T>;
   const RowNorm<T> norm(w, size, eps);
-  if (factor == 1.0) {  // exactly rounded division: forced normalisation is applied again and again
+  const C scale = static_cast<C>(factor) / norm.s;
+  if (inner > 1) {
+    const int64_t outer = size / inner;
+    for (int64_t b = 0; b < inner; ++b) {
+#pragma omp simd
+      for (int64_t a = 0; a < outer; ++a) {
+        out[b * outer + a] = narrow<Out>(static_cast<Compute<Out>>(widen(w[a * inner + b]) * scale));
+      }
+    }
+  } else if (factor == 1.0) {  // exactly rounded division: forced normalisation is applied again and again
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) out[i] = narrow<Out>(static_cast<Compute<Out>>(widen(w[i]) / norm.s));
   } else {
-    const C scale = static_cast<C>(factor) / norm.s;
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) out[i] = narrow<Out>(static_cast<Compute<Out>>(widen(w[i]) * scale));
   }
@@ -86,8 +94,10 @@ void normalize_weight(const NormalizeWeightParams& p, int64_t begin, int64_t end
   with_type(p.dtype, [&]<class T>(T) {
     with_type(p.out_dtype, [&]<class Out>(Out) {
       for_rows(p.tensors, p.offsets, p.num_tensors, begin, end, [&](const WeightRows& t, int64_t row) {
-        const int64_t at = row * t.row_size;
-        normalize_row(as<T>(t.w) + at, as<Out>(t.out) + at, t.row_size, p.eps, t.factor);
+        T* w = as<T>(t.w) + row * t.row_size;
+        if (p.force) normalize_row(w, w, t.row_size, 1, p.eps, 1.0);
+        if (t.out == nullptr) return;
+        normalize_row(w, as<Out>(t.out) + row * t.row_size, t.row_size, t.inner, p.eps, t.factor);
       });
     });
   });
@@ -100,7 +110,7 @@ void normalize_weight_backward(const NormalizeWeightBackwardParams& p, int64_t b
         const int64_t at = row * t.row_size;
         const double dot = normalize_row_backward(as<Grad>(t.grad) + at, as<T>(t.w) + at, as<T>(t.grad_w) + at,
                                                   t.row_size, p.eps, t.factor);
-        if (t.row_dots != nullptr) t.row_dots[row] = dot;
+        if (t.row_dots != nullptr) as<double>(t.row_dots)[row] = dot;
       });
     });
   });

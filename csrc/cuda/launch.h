@@ -32,11 +32,25 @@ inline int lanes_for(int64_t packs) {
 /// Bytes that all parameters of a kernel may take (CUDA 12.1 and later, sm_70 and later).
 inline constexpr size_t kParameterLimit = 32764;
 
-/// Starts `kernel` on as many blocks as `work` needs, at most a few waves: every kernel strides over the grid. On
-/// the counting stream, counts it and its traffic instead.
+/// Dynamic shared memory that every GPU grants a block without being asked.
+inline constexpr int kSharedWithoutAsking = 48 * 1024;
+
+/// The most dynamic shared memory that a block may have on the current GPU beside a little static one.
+inline cudaError_t shared_limit(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  *bytes = 0;
+  const cudaError_t answer = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes -= 1024;
+  return answer;
+}
+
+/// Starts `kernel` with `shared` bytes of dynamic shared memory on as many blocks as `work` needs, at most a few waves:
+/// every kernel strides over the grid. On the counting stream, counts it and its traffic instead.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t work, dim3 threads, cudaStream_t stream, Traffic traffic,
-                   const Arguments&... arguments) {
+cudaError_t launch_with_shared(int shared, void (*kernel)(Parameters...), int64_t work, dim3 threads,
+                               cudaStream_t stream, Traffic traffic, const Arguments&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= kParameterLimit);
   constexpr int64_t kBlocksPerMultiprocessor = 32;
   if (work <= 0) return cudaSuccess;
@@ -50,12 +64,23 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t work, dim3 threads, cu
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && shared > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.gridDim = dim3(static_cast<unsigned>(std::min(work, multiprocessors * kBlocksPerMultiprocessor)));
   config.blockDim = threads;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+/// The same without dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t work, dim3 threads, cudaStream_t stream, Traffic traffic,
+                   const Arguments&... arguments) {
+  return launch_with_shared(0, kernel, work, threads, stream, traffic, arguments...);
 }
 
 template <typename T>

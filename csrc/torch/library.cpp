@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY(edm2, m) {
       "effective_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] gains, float eps) -> (Tensor[], "
       "Tensor[])");
   m.def("force_normalize_(Tensor(a!)[] weights, float eps) -> ()");
+  m.def("prepare_weights(Tensor(a!)[] weights, Tensor?[] gains, float eps, bool force, Tensor(b!)[] out) -> ()");
 
   // cosine_attention
   m.def("qkv_norm(Tensor qkv, int heads, float eps) -> (Tensor, Tensor, Tensor)");

@@ -1,36 +1,12 @@
-#include "edm2/normalize_weight.h"
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cmath>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "common.h"
+#include "weights.h"
 
 namespace edm2::torch_ops {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-/// A weight [rows, ...]: every row lies together in memory, in both formats.
-struct Weight {
-  View view;
-  int64_t rows;
-  int64_t row_size;
-
-  Weight(const Tensor& t, const char* op, const char* argument) : view(dense(t)) {
-    EDM2_CHECK(view.dim >= 2, op, argument, "expected shape [out, in, ...], got ", view.shape());
-    rows = view.sizes[0];
-    row_size = 1;
-    for (int64_t i = 1; i < view.dim; ++i) row_size *= view.sizes[i];
-  }
-};
-
-/// gain / sqrt(fan-in) (spec 2.6, step 4).
-double factor_of(double gain, int64_t fan_in) { return fan_in > 0 ? gain / std::sqrt(static_cast<double>(fan_in)) : 0; }
 
 double value_of(const Tensor& gain, const char* op, const char* argument) {
   const View view(gain);
@@ -50,25 +26,9 @@ double value_of(const Tensor& gain, const char* op, const char* argument) {
   return 0;
 }
 
-/// Collects tensors of one dtype for one call of a kernel.
-template <class Rows>
-struct Batch {
-  std::vector<Rows> tensors;
-  std::vector<int64_t> offsets{0};
-
-  explicit Batch(size_t size) {
-    tensors.reserve(size);
-    offsets.reserve(size + 1);
-  }
-  void add(const Rows& rows) {
-    tensors.push_back(rows);
-    offsets.push_back(offsets.back() + rows.rows * rows.row_size);
-  }
-  int64_t size() const { return static_cast<int64_t>(tensors.size()); }
-};
-
-void run(const Batch<WeightRows>& batch, DType dtype, DType out_dtype, double eps) {
-  const NormalizeWeightParams params{batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, out_dtype, eps};
+void run(const Batch<WeightRows>& batch, DType dtype, DType out_dtype, double eps, bool force = false) {
+  const NormalizeWeightParams params{
+      batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, out_dtype, eps, force};
   run_cpu(cpu::normalize_weight, params, batch.offsets.back(), batch.offsets.back());
 }
 
@@ -76,11 +36,6 @@ void run(const Batch<WeightRowsBackward>& batch, DType dtype, DType grad_dtype, 
   const NormalizeWeightBackwardParams params{
       batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, grad_dtype, eps};
   run_cpu(cpu::normalize_weight_backward, params, batch.offsets.back(), batch.offsets.back());
-}
-
-void check_one_dtype(const View& first, const View& view, const char* op, const char* argument) {
-  EDM2_CHECK(first.scalar_type == view.scalar_type, op, argument, "expected tensors of one dtype, got ",
-             to_string(first.scalar_type), " and ", to_string(view.scalar_type));
 }
 
 DType out_dtype_of(ScalarType type, const char* op) {
@@ -95,7 +50,7 @@ Tensor normalize_weight(const Tensor& w_, double eps) {
   const DType dtype = cpu_dtype_of(w.view, op, "w");
   const Tensor out = empty_like(w.view);
   Batch<WeightRows> batch(1);
-  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1.0});
+  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1, nullptr, 1.0});
   run(batch, dtype, dtype, eps);
   return out;
 }
@@ -106,7 +61,8 @@ Tensor backward(const Tensor& grad_, const Weight& w, double factor, double eps,
   check_same_shape(w.view, grad, op, "grad");
   const Tensor grad_w = empty_like(w.view);
   Batch<WeightRowsBackward> batch(1);
-  batch.add({grad.data(), w.view.data(), grad_w.mutable_data_ptr(), row_dots, w.rows, w.row_size, factor});
+  batch.add({grad.data(), w.view.data(), grad_w.mutable_data_ptr(), row_dots, w.rows, w.row_size, nullptr, factor,
+             nullptr, 0.0});
   run(batch, cpu_dtype_of(w.view, op, "w"), cpu_dtype_of(grad, op, "grad"), eps);
   return grad_w;
 }
@@ -124,7 +80,7 @@ Tensor effective_weight(const Tensor& w_, const std::optional<Tensor>& gain, dou
   const double factor = factor_of(scale * (gain ? value_of(*gain, op, "gain") : 1.0), w.row_size);
   const Tensor out = empty(w.view, w.view.sizes, w.view.dim, w.view.format, type);
   Batch<WeightRows> batch(1);
-  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, factor});
+  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1, nullptr, factor});
   run(batch, cpu_dtype_of(w.view, op, "w"), out_dtype, eps);
   return out;
 }
@@ -153,24 +109,9 @@ std::tuple<Tensor, Tensor> effective_weight_backward(const Tensor& grad, const T
   return {grad_w, gain_gradient(w.view, row_dots.data(), w.rows, factor_of(scale, w.row_size))};
 }
 
-std::vector<Weight> weights_of(const Tensors& tensors, const char* op) {
-  std::vector<Weight> weights;
-  weights.reserve(tensors.size());
-  for (const Tensor& t : tensors) {
-    weights.emplace_back(t, op, "weights");
-    check_one_dtype(weights.front().view, weights.back().view, op, "weights");
-  }
-  return weights;
-}
-
-void check_lengths(const Tensors& expected, const Tensors& got, const char* op, const char* argument) {
-  EDM2_CHECK(expected.size() == got.size(), op, argument, "expected as many as weights, ", expected.size(), ", got ",
-             got.size());
-}
-
 Tensors effective_weights(const Tensors& tensors, const Tensors& gains, double eps, ScalarType type) {
   const char* op = "effective_weights";
-  check_lengths(tensors, gains, op, "gains");
+  check_lengths(tensors.size(), gains.size(), op, "gains");
   const DType out_dtype = out_dtype_of(type, op);
   const std::vector<Weight> weights = weights_of(tensors, op);
   Batch<WeightRows> batch(weights.size());
@@ -179,7 +120,7 @@ Tensors effective_weights(const Tensors& tensors, const Tensors& gains, double e
   for (size_t i = 0; i < weights.size(); ++i) {
     const Weight& w = weights[i];
     outs.push_back(empty(w.view, w.view.sizes, w.view.dim, w.view.format, type));
-    batch.add({w.view.data(), outs.back().mutable_data_ptr(), w.rows, w.row_size,
+    batch.add({w.view.data(), outs.back().mutable_data_ptr(), w.rows, w.row_size, 1, nullptr,
                factor_of(value_of(gains[i], op, "gains"), w.row_size)});
   }
   if (!weights.empty()) run(batch, cpu_dtype_of(weights.front().view, op, "weights"), out_dtype, eps);
@@ -189,8 +130,8 @@ Tensors effective_weights(const Tensors& tensors, const Tensors& gains, double e
 std::tuple<Tensors, Tensors> effective_weights_backward(const Tensors& grads_, const Tensors& tensors,
                                                         const Tensors& gains, double eps) {
   const char* op = "effective_weights_backward";
-  check_lengths(tensors, gains, op, "gains");
-  check_lengths(tensors, grads_, op, "grads");
+  check_lengths(tensors.size(), gains.size(), op, "gains");
+  check_lengths(tensors.size(), grads_.size(), op, "grads");
   const std::vector<Weight> weights = weights_of(tensors, op);
   if (weights.empty()) return {};
   std::vector<View> grads;
@@ -210,7 +151,7 @@ std::tuple<Tensors, Tensors> effective_weights_backward(const Tensors& grads_, c
     const Weight& w = weights[i];
     grad_weights.push_back(empty_like(w.view));
     batch.add({grads[i].data(), w.view.data(), grad_weights.back().mutable_data_ptr(), dots, w.rows, w.row_size,
-               factor_of(value_of(gains[i], op, "gains"), w.row_size)});
+               nullptr, factor_of(value_of(gains[i], op, "gains"), w.row_size), nullptr, 0.0});
     dots += w.rows;
   }
   run(batch, cpu_dtype_of(weights.front().view, op, "weights"), cpu_dtype_of(grads.front(), op, "grads"), eps);
@@ -222,18 +163,45 @@ std::tuple<Tensors, Tensors> effective_weights_backward(const Tensors& grads_, c
   return {grad_weights, grad_gains};
 }
 
+/// Tensors in a format of their own were normalised as copies.
+void store_back(const std::vector<Weight>& weights, const Tensors& tensors) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    Tensor target = tensors[i];
+    if (target.data_ptr() != weights[i].view.data()) torch::stable::copy_(target, weights[i].view.tensor);
+  }
+}
+
 void force_normalize_(const Tensors& tensors, double eps) {
   const char* op = "force_normalize_";
   const std::vector<Weight> weights = weights_of(tensors, op);
   if (weights.empty()) return;
   Batch<WeightRows> batch(weights.size());
-  for (const Weight& w : weights) batch.add({w.view.data(), w.view.data(), w.rows, w.row_size, 1.0});
+  for (const Weight& w : weights) batch.add({w.view.data(), nullptr, w.rows, w.row_size, 1, nullptr, 1.0});
   const DType dtype = cpu_dtype_of(weights.front().view, op, "weights");
-  run(batch, dtype, dtype, eps);
-  for (size_t i = 0; i < weights.size(); ++i) {  // tensors in a format of their own were normalised as a copy
-    Tensor target = tensors[i];
-    if (target.data_ptr() != weights[i].view.data()) torch::stable::copy_(target, weights[i].view.tensor);
+  run(batch, dtype, dtype, eps, true);
+  store_back(weights, tensors);
+}
+
+void prepare_weights(const Tensors& tensors, const OptionalTensors& gains, double eps, bool force,
+                     const Tensors& outs_) {
+  const char* op = "prepare_weights";
+  check_lengths(tensors.size(), gains.size(), op, "gains");
+  check_lengths(tensors.size(), outs_.size(), op, "out");
+  const std::vector<Weight> weights = weights_of(tensors, op);
+  if (weights.empty()) return;
+  std::vector<View> outs;
+  outs.reserve(weights.size());
+  Batch<WeightRows> batch(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& w = weights[i];
+    outs.push_back(effective_of(w, outs_[i], op, "out"));
+    check_one_dtype(outs.front(), outs.back(), op, "out");
+    const double gain = gains[i] ? value_of(*gains[i], op, "gains") : 1.0;
+    batch.add({w.view.data(), outs.back().data(), w.rows, w.row_size, inner_of(w, outs.back()), nullptr,
+               factor_of(gain, w.row_size)});
   }
+  run(batch, cpu_dtype_of(weights.front().view, op, "weights"), cpu_dtype_of(outs.front(), op, "out"), eps, force);
+  if (force) store_back(weights, tensors);
 }
 
 }  // namespace
@@ -246,6 +214,7 @@ STABLE_TORCH_LIBRARY_IMPL(edm2, CPU, m) {
   m.impl("effective_weights", TORCH_BOX(&effective_weights));
   m.impl("effective_weights_backward", TORCH_BOX(&effective_weights_backward));
   m.impl("force_normalize_", TORCH_BOX(&force_normalize_));
+  m.impl("prepare_weights", TORCH_BOX(&prepare_weights));
 }
 
 }  // namespace edm2::torch_ops

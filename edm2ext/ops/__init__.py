@@ -14,7 +14,7 @@ from edm2ext.ops.mp_conv2d import mp_conv2d, mp_linear
 from edm2ext.ops.mp_fourier import mp_fourier
 from edm2ext.ops.mp_silu import mp_silu, mp_silu_modulated
 from edm2ext.ops.mp_sum import mp_sum
-from edm2ext.ops.normalize_weight import effective_weight, force_normalize_, normalize_weight
+from edm2ext.ops.normalize_weight import effective_weight, force_normalize_, normalize_weight, prepare_weights
 from edm2ext.ops.pixel_norm import pixel_norm
 from edm2ext.ops.prepared_weight import prepared_weight
 from edm2ext.ops.resample import resample_down, resample_up
@@ -34,6 +34,7 @@ __all__ = [
     "mp_sum",
     "normalize_weight",
     "pixel_norm",
+    "prepare_weights",
     "prepared_weight",
     "resample_down",
     "resample_up",

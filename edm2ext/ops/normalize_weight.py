@@ -19,10 +19,12 @@ _effective_weight_backward = backend.op("effective_weight_backward")
 _effective_weights = backend.op("effective_weights")
 _effective_weights_backward = backend.op("effective_weights_backward")
 _force_normalize_ = backend.op("force_normalize_")
+_prepare_weights = backend.op("prepare_weights")
 _NORMALIZE_KERNELS = backend.kernels("normalize_weight", "normalize_weight_backward")
 _EFFECTIVE_KERNELS = backend.kernels("effective_weight", "effective_weight_backward")
 _LIST_KERNELS = backend.kernels("effective_weights", "effective_weights_backward")
 _FORCE_KERNELS = backend.kernels("force_normalize_")
+_PREPARE_KERNELS = backend.kernels("prepare_weights")
 
 
 def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
@@ -67,15 +69,17 @@ def unchecked_effective_weight(w: Tensor, gain: "Tensor | float", dtype: torch.d
     """`effective_weight` of one tensor, for callers that have checked the arguments."""
     if not _native_to(w, dtype, _EFFECTIVE_KERNELS):
         return reference.effective_weight(w, gain, dtype)
-    gain, scale = (_wide(gain), 1.0) if isinstance(gain, Tensor) else (None, float(gain))
+    gain, scale = (_readable(gain, w), 1.0) if isinstance(gain, Tensor) else (None, float(gain))
     if torch.is_grad_enabled() and (w.requires_grad or (gain is not None and gain.requires_grad)):
         return _EffectiveWeight.apply(w, gain, scale, dtype)
     return _effective_weight(w, gain, scale, EPS, dtype)
 
 
-def _wide(gain: Tensor) -> Tensor:
-    """The gain in a dtype that the native ops read."""
-    return gain.to(torch.promote_types(gain.dtype, torch.float32))
+def _readable(gain: Tensor, w: Tensor) -> Tensor:
+    """The gain as the native ops on w read it: from the CPU in float32 or float64, from a GPU in float32 there."""
+    if w.is_cpu:
+        return gain.to(torch.promote_types(gain.dtype, torch.float32))
+    return gain.to(w.device, torch.float32)
 
 
 def _native_to(w: Tensor, dtype: torch.dtype | None, where: backend.Kernels) -> bool:
@@ -107,6 +111,50 @@ def force_normalize_(w: "Tensor | Sequence[Tensor]", eps: float = EPS) -> None:
             reference.force_normalize_(group, eps)
 
 
+def prepare_weights(
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor | None] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    force: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """What the layers of a whole network multiply with, in one pass (2.6 steps 2 to 5, Eqs. 47 and 66).
+
+    The effective weight of each of `weights` [out, in, ...]: with `force`, the weight itself is first overwritten by
+    its normalize_weight. gains, if given, holds a 0-dim tensor or None (1) for each. The results go to the tensors of
+    `out`, in their dtypes and layouts; without, to new ones of `dtype` (the weight's own by default), those of four
+    dimensions in `memory_format`. Outside autograd: who multiplies with them gets the gradient of the effective weight,
+    which `edm2ext.optim.FusedAdam` takes. Raises ValueError or TypeError for shapes, counts or types that do not match;
+    then nothing has changed.
+    """
+    weights = list(weights)
+    checks.preparation(weights, gains, memory_format, out)
+    out = reference.prepared_like(weights, dtype, memory_format) if out is None else list(out)
+    gains = [None] * len(weights) if gains is None else list(gains)
+    groups: dict[tuple, list[int]] = {}
+    for i, (w, target) in enumerate(zip(weights, out, strict=True)):
+        groups.setdefault((w.dtype, target.dtype, w.device), []).append(i)
+    for group in groups.values():
+        _prepare_group([weights[i] for i in group], [gains[i] for i in group], force, [out[i] for i in group])
+    return out
+
+
+def _prepare_group(weights: list[Tensor], gains: list[Tensor | None], force: bool, out: list[Tensor]) -> None:
+    """One call for weights, and results, of one dtype and device."""
+    w = weights[0]
+    # On a GPU the effective weight follows from the sum of squares before forced normalisation, which float32 allows.
+    exact = w.is_cpu or w.dtype == torch.float32 or not force
+    dense = all(map(backend.is_dense, out)) and (not force or all(map(backend.is_dense, weights)))
+    if not (exact and dense and _native_to(w, out[0].dtype, _PREPARE_KERNELS)) or torch.compiler.is_compiling():
+        reference.prepare_weights(weights, gains, force=force, out=out)
+        return
+    with torch.no_grad():
+        _prepare_weights(weights, [None if g is None else _readable(g, w) for g in gains], EPS, force, out)
+    increment_version([*weights, *out] if force else out)
+
+
 def _effective_weight_list(pairs: list[tuple[Tensor, Tensor | float]], dtype: torch.dtype | None) -> list[Tensor]:
     for w, gain in pairs:
         checks.weight("effective_weight", "w", w)
@@ -117,7 +165,7 @@ def _effective_weight_list(pairs: list[tuple[Tensor, Tensor | float]], dtype: to
         return [unchecked_effective_weight(w, gain, w.dtype if dtype is None else dtype) for w, gain in pairs]
     like = weights[0]
     numbers = {gain: torch.tensor(float(gain), device=like.device) for _, gain in pairs if not isinstance(gain, Tensor)}
-    gains = [_wide(gain) if isinstance(gain, Tensor) else numbers[gain] for _, gain in pairs]
+    gains = [_readable(gain, like) if isinstance(gain, Tensor) else numbers[gain] for _, gain in pairs]
     dtype = like.dtype if dtype is None else dtype
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *gains)):
         return list(_EffectiveWeights.apply(dtype, *weights, *gains))
@@ -223,3 +271,10 @@ def _(grads: list[Tensor], weights: list[Tensor], gains: list[Tensor], eps: floa
 def _(weights: list[Tensor], eps: float) -> None:
     for w in weights:
         torch._check(w.dim() >= 2)
+
+
+@backend.fake("prepare_weights")
+def _(weights: list[Tensor], gains: list[Tensor | None], eps: float, force: bool, out: list[Tensor]) -> None:
+    torch._check(len(weights) == len(gains) == len(out))
+    for w, target in zip(weights, out, strict=True):
+        torch._check(target.shape == w.shape)

@@ -18,6 +18,7 @@
 #include "torch/ema_update_cuda.cpp"
 #include "torch/library.cpp"
 #include "torch/mp_silu_cuda.cpp"
+#include "torch/normalize_weight_cuda.cpp"
 #include "torch/pixel_norm_cuda.cpp"
 
 extern "C" {

@@ -43,7 +43,7 @@ dim3 blockDim;
 dim3 gridDim;
 
 namespace edm2::cuda {
-alignas(16) thread_local unsigned char dynamic_shared[emulation::kDynamicSharedLimit];
+alignas(16) thread_local unsigned char dynamic_shared[emulation::kDynamicSharedMost];
 }  // namespace edm2::cuda
 
 namespace emulation {
@@ -145,7 +145,7 @@ Memory shared_memory() {
 void poison_dynamic_shared([[maybe_unused]] size_t bytes_in_use, [[maybe_unused]] bool poison) {
 #if defined(__SANITIZE_ADDRESS__)
   const auto* begin = edm2::cuda::dynamic_shared + bytes_in_use;
-  const size_t size = kDynamicSharedLimit - bytes_in_use;
+  const size_t size = kDynamicSharedMost - bytes_in_use;
   poison ? __asan_poison_memory_region(begin, size) : __asan_unpoison_memory_region(begin, size);
 #endif
 }
@@ -319,7 +319,7 @@ bool run_blocks(int64_t blocks, int count, size_t dynamic_shared_bytes) {
 }
 
 /// Why a GPU would refuse the launch; empty if it would not.
-std::string refusal(dim3 grid, dim3 b, size_t dynamic_shared_bytes) {
+std::string refusal(dim3 grid, dim3 b, size_t dynamic_shared_bytes, size_t granted) {
   const auto sizes = [](dim3 d) {
     return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
   };
@@ -328,9 +328,9 @@ std::string refusal(dim3 grid, dim3 b, size_t dynamic_shared_bytes) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return "no GPU runs a grid of " + sizes(grid) + " blocks";
   }
-  if (dynamic_shared_bytes > kDynamicSharedLimit) {
+  if (dynamic_shared_bytes > granted) {
     return std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory exceed the limit of " +
-           std::to_string(kDynamicSharedLimit);
+           std::to_string(granted);
   }
   return "";
 }
@@ -388,9 +388,9 @@ void warp_collective(unsigned mask, void* operand, void (*combine)(unsigned, voi
   warp.waiting &= ~mask;
 }
 
-Outcome run(dim3 grid, dim3 threads, size_t dynamic_shared_bytes, const std::function<void()>& body) {
+Outcome run(dim3 grid, dim3 threads, size_t dynamic_shared_bytes, size_t granted, const std::function<void()>& body) {
   ++launches;
-  message = refusal(grid, threads, dynamic_shared_bytes);
+  message = refusal(grid, threads, dynamic_shared_bytes, granted);
   if (!message.empty()) return Outcome::kRefused;
   gridDim = grid;
   blockDim = threads;

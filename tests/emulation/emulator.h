@@ -32,6 +32,7 @@ namespace emulation {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr size_t kDynamicSharedLimit = 48 * 1024;  // what every GPU grants without being asked
+inline constexpr size_t kDynamicSharedMost = 99 * 1024;   // on request: sm_86, 89 and 120
 
 enum class ThreadOrder { kForward, kReverse, kRandom };
 enum class BlockOrder { kForward, kReverse, kInterleaved };
@@ -59,14 +60,15 @@ void warp_collective(unsigned mask, void* operand, void (*combine)(unsigned mask
 enum class Outcome { kDone, kRefused, kFailed };
 
 /// Runs `body` once per thread of the grid. Refused: a GPU would not start it. Failed: a fault was found;
-/// emulation_message() says which, and what the grid had left to do is not done.
-Outcome run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body);
+/// emulation_message() says which, and what the grid had left to do is not done. `granted`: bytes of dynamic shared
+/// memory that the kernel may use.
+Outcome run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, size_t granted, const std::function<void()>& body);
 
 }  // namespace emulation
 
 namespace edm2::cuda {
 /// Dynamic shared memory: kernels declare `extern __shared__ unsigned char dynamic_shared[];`.
-extern thread_local unsigned char dynamic_shared[emulation::kDynamicSharedLimit];
+alignas(16) extern thread_local unsigned char dynamic_shared[emulation::kDynamicSharedMost];
 }  // namespace edm2::cuda
 
 // For the tests, by ctypes.

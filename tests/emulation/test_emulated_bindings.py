@@ -16,7 +16,7 @@ EPS = 1e-4
 @pytest.fixture(scope="module")
 def ops() -> SimpleNamespace:
     """torch.ops.edm2_emulated. Loaded once per process: a library cannot be registered twice."""
-    torch.ops.load_library(emulated.build("bindings", "pixel_norm", "mp_silu", "ema_update"))
+    torch.ops.load_library(emulated.build("bindings", "pixel_norm", "mp_silu", "ema_update", "normalize_weight"))
     return torch.ops.edm2_emulated
 
 
@@ -163,6 +163,65 @@ def test_ema_update(ops: SimpleNamespace):
     torch.testing.assert_close(emas, expected)
 
 
+WEIGHTS = [(5, 7), (6, 4, 3, 3), (3, 5, 1, 1), (2, 600), (0, 4)]
+
+
+def _weights(layout: str, seed: int = 0) -> list[Tensor]:
+    sizes = [emulated.random_tensor(*shape, dtype=torch.float32, seed=seed + i) for i, shape in enumerate(WEIGHTS)]
+    return [LAYOUTS[layout](w) if w.dim() in (4, 5) or layout != "channels_last" else w for w in sizes]
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+def test_effective_weights(ops: SimpleNamespace, layout: str, grad_layout: str):
+    weights, gains = _weights(layout), [torch.tensor(0.3 + i) for i in range(len(WEIGHTS))]
+    leaves = [t.detach().double().requires_grad_() for t in (*weights, *gains)]
+    expected = reference.effective_weight(leaves[: len(weights)], leaves[len(weights) :])
+    grads = [torch.full((1,) * w.dim(), 0.5).expand(w.shape) for w in weights]
+    if grad_layout != "expanded":
+        grads = _weights(grad_layout, seed=20)
+    truths = torch.autograd.grad(expected, leaves, [g.double() for g in grads])
+    outs = ops.effective_weights(weights, gains, EPS, torch.float16)
+    found = [t for ts in ops.effective_weights_backward(grads, weights, gains, EPS) for t in ts]
+    for out, truth in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, truth.detach().half(), rtol=2e-3, atol=1e-5)
+    for w, out, grad in zip(weights, outs, found, strict=False):
+        assert out.is_contiguous(memory_format=reference.memory_format(w))
+        assert grad.is_contiguous(memory_format=reference.memory_format(w))
+    for grad, truth in zip(found, truths, strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
+    for i, w in enumerate(weights):
+        torch.testing.assert_close(ops.effective_weight(w, gains[i], 1.0, EPS, torch.float16), outs[i])
+        torch.testing.assert_close(
+            ops.effective_weight_backward(grads[i], w, gains[i], 1.0, EPS), (found[i], found[len(weights) + i])
+        )
+        scaled = ops.effective_weight_backward(grads[i], w, None, 0.7, EPS)
+        torch.testing.assert_close(scaled[0], found[i] * (0.7 / gains[i]))
+        torch.testing.assert_close(ops.normalize_weight(w, EPS), reference.normalize_weight(w))
+        plain = w.detach().requires_grad_()
+        (truth,) = torch.autograd.grad(reference.normalize_weight(plain), plain, grads[i])
+        torch.testing.assert_close(ops.normalize_weight_backward(grads[i], w, EPS), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("force", [False, True])
+def test_prepare_weights(ops: SimpleNamespace, force: bool, out_layout: str, layout: str):
+    weights = _weights(layout)
+    raw = [w.clone() for w in weights]
+    expected_weights = [reference.normalize_weight(w) for w in weights] if force else raw
+    gains = [torch.tensor(0.5) if i % 2 else None for i in range(len(weights))]
+    expected = [
+        reference.effective_weight(w, 1 if g is None else g) for w, g in zip(expected_weights, gains, strict=True)
+    ]
+    out = [torch.full_like(w, torch.nan) for w in _weights(out_layout)]
+    ops.prepare_weights(weights, gains, EPS, force, out)
+    torch.testing.assert_close(weights, expected_weights)
+    torch.testing.assert_close(out, expected)
+    again = [w.clone() for w in raw]
+    ops.force_normalize_(again, EPS)
+    torch.testing.assert_close(again, [reference.normalize_weight(w) for w in raw])
+
+
 def test_double_is_refused(ops: SimpleNamespace):
     x = torch.ones(2, 3, 4, dtype=torch.float64)
     message = "expected float32, float16 or bfloat16 on a GPU, got Double"
@@ -173,6 +232,17 @@ def test_double_is_refused(ops: SimpleNamespace):
         lambda: ops.mp_silu_backward(x, x),
         lambda: ops.mp_silu_modulated(x, x[..., 0]),
         lambda: ops.mp_silu_modulated_backward(x, x, x[..., 0]),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    w = torch.ones(2, 3)
+    for call in (
+        lambda: ops.normalize_weight(x, EPS),
+        lambda: ops.normalize_weight_backward(x, x, EPS),
+        lambda: ops.effective_weight(w, None, 1.0, EPS, torch.float64),
+        lambda: ops.effective_weight_backward(w.double(), w, None, 1.0, EPS),
+        lambda: ops.prepare_weights([w], [None], EPS, False, [w.double()]),
+        lambda: ops.force_normalize_([x], EPS),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -200,6 +270,17 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
             x, x.half(), x, EPS
         ),
         "ema_update_: emas: expected profiles . parameters = 2": lambda: ops.ema_update_([x], [x], [0.5, 0.1]),
+        r"normalize_weight: w: expected shape \[out, in, ...\], got \[4\]": lambda: ops.normalize_weight(x[0, 0], EPS),
+        "effective_weight: gain: expected a float32 tensor without dimensions": lambda: ops.effective_weight(
+            c, c, 1.0, EPS, torch.float32
+        ),
+        "effective_weights: gains: expected as many": lambda: ops.effective_weights([c], [], EPS, torch.float32),
+        "effective_weight_backward: grad: expected shape": lambda: ops.effective_weight_backward(x, c, None, 1.0, EPS),
+        "force_normalize_: weights: expected tensors of one dtype": lambda: ops.force_normalize_([c, c.half()], EPS),
+        "prepare_weights: out: expected shape": lambda: ops.prepare_weights([c], [None], EPS, True, [c.t()]),
+        "prepare_weights: out: expected a contiguous": lambda: ops.prepare_weights(
+            [c], [None], EPS, True, [torch.ones(3, 2).t()]
+        ),
         "ema_update_: emas: expected shape": lambda: ops.ema_update_([c], [x], [0.5]),
     }.items():
         with pytest.raises(RuntimeError, match=message):

@@ -11,6 +11,7 @@ import emulated
 import mutate
 import pytest
 import test_emulated_mp_silu
+import test_emulated_normalize_weight
 import test_emulated_pixel_norm
 import torch
 from emulated import KernelFault, Library
@@ -57,14 +58,30 @@ def check_mp_silu(library: Library) -> None:
             test_emulated_mp_silu.check_modulated(library, case, torch.float32)
 
 
-CHECKS = {"pixel_norm.cuh": check_pixel_norm, "mp_silu.cuh": check_mp_silu}
+def check_normalize_weight(library: Library) -> None:
+    cases = test_emulated_normalize_weight.CASES
+    for out_dtype in (torch.float32, torch.float16):
+        test_emulated_normalize_weight.check(library, cases, torch.float32, out_dtype, force=True, want_out=True)
+    test_emulated_normalize_weight.check(library, cases, torch.float32, torch.float32, force=False, want_out=True)
+    test_emulated_normalize_weight.check_backward(library, cases, torch.float32, torch.float32)
+
+
+# File of kernels: the check that must fail without one of its barriers, and the library it is called with.
+CHECKS = {
+    "pixel_norm.cuh": (check_pixel_norm, "pixel_norm"),
+    "mp_silu.cuh": (check_mp_silu, "mp_silu"),
+    "normalize_weight.cuh": (check_normalize_weight, "normalize_weight"),
+    "rows.cuh": (check_normalize_weight, "normalize_weight"),
+}
 
 
 @pytest.mark.parametrize(("file", "number"), barriers())
 def test_no_barrier_is_missed_unnoticed(tmp_path: Path, file: str, number: int):
     root = planted(tmp_path, file, lambda text: without_barrier(text, number))
+    check, name = CHECKS[file]
+    library = emulated.load(name, root)
     with pytest.raises((AssertionError, KernelFault)):
-        CHECKS[file](emulated.load(Path(file).stem, root))
+        check(library)
 
 
 # ---- other faults, to be found by the test files of the kernels ----
@@ -101,20 +118,42 @@ FAULTS = [
     ("mp_silu.cuh", "first + i * stride", "first + i"),
     ("mp_silu.cu", "chunks > 1 ? workspace : nullptr", "nullptr"),
     ("mp_silu.cu", "chunks == 1) return error;", "chunks <= 1) return error;"),
+    ("rows.cuh", "offset = kWarpSize / 2; offset > 0", "offset = kWarpSize / 4; offset > 0"),
+    ("rows.cuh", "int warp = 1; warp < kWarps; ++warp) values", "int warp = 2; warp < kWarps; ++warp) values"),
+    ("rows.cuh", "partial[sums++]", "partial[sums]"),
+    ("rows.cuh", "number(middle) <= value", "number(middle) < value"),
+    ("rows.cuh", "i % outer * inner + i / outer", "i % inner * inner + i / inner"),
+    ("rows.cuh", "if (needed > capacity) return nullptr;", ""),
+    ("rows.cuh", "+ team.index * floats * kShortRow", "+ team.index * kShortRow"),
+    ("rows.cuh", "elements * (dtype == DType::kFloat32 ? 4 : 2)", "elements * 4"),
+    ("rows.cuh", "first += kBatch * step", "first += step"),
+    ("rows.h", "row_size > kShortRow ? rows : ceil_div(rows, kWarps)", "ceil_div(rows, kWarps)"),
+    ("rows.h", "std::max<int64_t>(longest, kShortRow * kWarps)", "longest"),
+    ("normalize_weight.cuh", "table.force ? table.eps + norm.rms / norm.s : norm.s", "norm.s"),
+    ("normalize_weight.cuh", "if (table.force) team.sync();", ""),
+    ("normalize_weight.cuh", "if (transposed && held != nullptr) store(held + i, x);", ""),
+    ("normalize_weight.cuh", "n / task.inner % kQuad == 0", "true"),
+    ("normalize_weight.cuh", "if (row < task.rows) normalize_row(", "normalize_row("),
+    ("normalize_weight.cuh", "held_w + (n > kShortRow ? n : kShortRow)", "held_w + kShortRow"),
+    ("normalize_weight.cuh", "task.row_dots[row] = gradient.dot", "task.row_dots[row] = gradient.of_w"),
+    ("rows.cuh", "i < count; i += kWarpSize", "i < kWarpSize && i < count; i += kWarpSize"),
+    ("normalize_weight.cu", "t.row_size % kQuad == 0 && quad_aligned(t.w, params.dtype)", "t.row_size % kQuad == 0"),
     ("ema_update.cuh", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     ("ema_update.cuh", "weight < 0.5f ?", "true ?"),
     ("ema_update.cuh", "bytes_past_16(pointers[profile]) != bytes_past_16(pointers[0])", "false"),
     ("ema_update.cu", "table.weights[k - first]", "table.weights[0]"),
     ("ema_update.cu", "table.tensors < capacity", "table.tensors <= capacity"),
 ]
-_OPS = ("pixel_norm", "mp_silu", "ema_update")
+_OPS = ("pixel_norm", "mp_silu", "ema_update", "normalize_weight")
+# Whose tests run: those of all ops, unless the file is an op's own or listed here.
+_USERS = {**{name: (name,) for name in _OPS}, "rows": ("normalize_weight",)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "text", "replacement"), FAULTS)
 def test_fault_is_found(tmp_path: Path, file: str, text: str, replacement: str):
     root = planted(tmp_path, file, lambda source: source.replace(text, replacement))
-    names = [name for name in _OPS if Path(file).stem in (name, "device")]
+    names = _USERS.get(Path(file).stem, _OPS)
     for name in names:
         emulated.build(name, root=root)  # a fault that does not compile would prove nothing
     files = [f"{emulated.HERE}/test_emulated_{name}.py" for name in names]

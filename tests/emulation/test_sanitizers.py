@@ -8,7 +8,10 @@ from pathlib import Path
 import emulated
 import pytest
 
-FILES = ["test_emulator.py", *(f"test_emulated_{name}.py" for name in ("pixel_norm", "mp_silu", "ema_update"))]
+FILES = [
+    "test_emulator.py",
+    *(f"test_emulated_{name}.py" for name in ("pixel_norm", "mp_silu", "ema_update", "normalize_weight")),
+]
 
 
 def run_sanitized(*arguments: str) -> "subprocess.CompletedProcess[str]":

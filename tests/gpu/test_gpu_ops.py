@@ -171,6 +171,60 @@ def test_dropout_in_a_graph_draws_anew_at_every_replay():
     assert 0.45 < (masks[1] == masks[2]).float().mean() < 0.55
 
 
+WEIGHTS = [(5, 7), (64, 128), (8, 3, 3, 3), (13, 5, 1, 1), (40, 64, 3, 3), (3, 1536, 3, 3), (2, 3584, 3, 3), (0, 4)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_effective_weight(shape: tuple[int, ...], dtype: torch.dtype, layout: str):
+    w, gain = LAYOUTS[layout](randn(*shape)), torch.tensor(0.7, device="cuda")
+    grad = LAYOUTS[layout](randn(*shape, seed=1)).to(dtype)
+    calls = {"effective_weight", "effective_weight_backward"}
+
+    def weight_only(function: Function) -> Function:
+        return lambda w: function(w, gain.to(w.dtype), dtype if w.dtype == torch.float32 else w.dtype)
+
+    compare(weight_only(ops.effective_weight), weight_only(reference.effective_weight), [w], [grad], calls)
+    low, calls = w.to(dtype), {"normalize_weight", "normalize_weight_backward"}
+    compare(ops.normalize_weight, reference.normalize_weight, [low], [grad], calls)
+    leaves = [w.detach().requires_grad_(), gain.clone().requires_grad_()]
+    (grad_gain,) = torch.autograd.grad(ops.effective_weight(*leaves), leaves[1:], grad.float())
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    (truth,) = torch.autograd.grad(reference.effective_weight(*exact), exact[1:], grad.double())
+    torch.testing.assert_close(grad_gain.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [1, 120], ids=["one table", "two tables"])
+@pytest.mark.parametrize("out_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("force", [False, True])
+def test_prepare_weights(force: bool, dtype: torch.dtype, layout: str, out_layout: str, copies: int):
+    shapes = WEIGHTS if copies == 1 else WEIGHTS[:4] * copies + WEIGHTS
+    weights = [LAYOUTS[layout](randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    gains = [torch.tensor(0.1 + i, device="cuda") if i % 2 else None for i in range(len(weights))]
+    expected_weights = [reference.normalize_weight(w) if force else w.clone() for w in weights]
+    expected = [
+        reference.effective_weight(w, 1 if g is None else g, dtype)
+        for w, g in zip(expected_weights, gains, strict=True)
+    ]
+    out = [LAYOUTS[out_layout](torch.full_like(w, torch.nan, dtype=dtype)) for w in expected_weights]
+    with NativeCalls() as seen:
+        ops.prepare_weights(weights, gains, force=force, out=out)
+    assert seen.names == (["edm2::prepare_weights"] if layout != "strided" or not force else [])
+    torch.testing.assert_close(weights, expected_weights)
+    torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_force_normalize(dtype: torch.dtype):
+    weights = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(WEIGHTS)]
+    expected = [reference.normalize_weight(w) for w in weights]
+    ops.force_normalize_(weights)
+    torch.testing.assert_close(weights, expected)
+
+
 def test_zero_pixels():
     x = torch.zeros(1, 24, 4, 4, device="cuda", requires_grad=True)
     y = ops.pixel_norm(x)

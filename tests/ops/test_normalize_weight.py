@@ -141,6 +141,77 @@ def test_forced_normalisation_of_a_list_with_mixed_dtypes_and_layouts(backend: s
     torch.testing.assert_close(weights, expected)
 
 
+PREPARED_SHAPES = [(5, 7), (8, 3, 3, 3), (13, 5, 1, 1), (40, 24, 3, 3), (3, 530), (0, 4)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("force", [False, True])
+def test_preparation(
+    backend: str, force: bool, layout: str, out_dtype: torch.dtype | None, memory_format: torch.memory_format
+) -> None:
+    weights = [LAYOUTS[layout](torch.randn(shape)) for shape in PREPARED_SHAPES]
+    gains = [torch.tensor(0.3 * i, dtype=torch.float16) if i % 2 else None for i in range(len(weights))]
+    raw = [LAYOUTS[layout](w.clone()) for w in weights]
+    versions = [w._version for w in weights]
+    out = ops.prepare_weights(weights, gains, out_dtype, force=force, memory_format=memory_format)
+    for w, before, version, gain, prepared in zip(weights, raw, versions, gains, out, strict=True):
+        exact_w, plain_w = (reference.normalize_weight(x) if force else x for x in (before.double(), before))
+        factor = 1 if gain is None else gain
+        plain = reference.effective_weight(plain_w, factor, out_dtype)
+        assert_accurate(prepared, plain, reference.effective_weight(exact_w, factor), units=2)
+        assert prepared.dtype == (out_dtype or torch.float32)
+        assert prepared.is_contiguous(memory_format=memory_format if w.dim() == 4 else torch.contiguous_format)
+        if force:
+            assert_accurate(w, plain_w, exact_w, units=2)
+            assert w._version > version
+        else:
+            assert torch.equal(w, before)
+            assert w._version == version
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_preparation_into_given_tensors(backend: str, layout: str) -> None:
+    weights = [torch.randn(4, 6, 3, 3, requires_grad=True), torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 3)]
+    out = [LAYOUTS[layout](torch.zeros(w.shape, dtype=torch.bfloat16)) for w in weights[:2]] + [torch.zeros(2, 3)]
+    gain = torch.tensor(0.7, requires_grad=True)
+    version = out[0]._version
+    assert ops.prepare_weights(weights, [gain, None, None], out=out)[0] is out[0]
+    assert not out[0].requires_grad
+    assert out[0]._version > version
+    for w, g, prepared in zip(weights, (0.7, 1, 1), out, strict=True):
+        torch.testing.assert_close(prepared, reference.effective_weight(w.detach(), g, prepared.dtype))
+    assert ops.prepare_weights([]) == []
+
+
+def test_preparation_between_forward_and_backward_is_noticed(backend: str) -> None:
+    (prepared,) = ops.prepare_weights([torch.randn(4, 6)])
+    prepared.requires_grad_()
+    out = prepared.square()
+    with torch.no_grad():
+        ops.prepare_weights([torch.randn(4, 6)], out=[prepared])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_preparation_of_bad_input(backend: str) -> None:
+    w = torch.randn(3, 4)
+    before = w.clone()
+    for message, call in {
+        r"weights must be \[out, in, ...\], got shape \[3\]": lambda: ops.prepare_weights([w, w[:, 0]], force=True),
+        r"gains must have one entry per weight \(1\), got 2": lambda: ops.prepare_weights([w], [None, None]),
+        "gains must be 0-dim tensors or None, got float": lambda: ops.prepare_weights([w], [0.5]),
+        "gain must be a number or a 0-dim": lambda: ops.prepare_weights([w], [w]),
+        r"out\[0\] must be \[3, 4\] on cpu, got \[4, 3\]": lambda: ops.prepare_weights([w], out=[w.t()], force=True),
+        r"out must have one entry per weight": lambda: ops.prepare_weights([w], out=[], force=True),
+        "memory_format must be": lambda: ops.prepare_weights([w], memory_format=torch.preserve_format, force=True),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=f"prepare_weights: {message}"):
+            call()
+    assert torch.equal(w, before)
+
+
 def test_bad_input(backend: str) -> None:
     good = torch.randn(3, 4)
     before = good.clone()

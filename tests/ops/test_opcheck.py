@@ -64,6 +64,16 @@ def arguments(name: str, r: Make) -> list[tuple]:
         "effective_weights": [(*lists, 1e-4, torch.float32)],
         "effective_weights_backward": [([expanded(x) for x in lists[0]], *lists, 1e-4)],
         "force_normalize_": [([w.detach(), channels_last(r(4, 3, 2, 2)).detach()], 1e-4)],
+        "prepare_weights": [
+            (
+                [t.detach() for t in lists[0]],
+                [gain.detach(), None],
+                1e-4,
+                True,
+                [torch.empty(5, 3, 3, 3), r(4, 7).detach()],
+            ),
+            ([w], [None], 1e-4, False, [channels_last(w).detach().bfloat16()]),
+        ],
         "qkv_norm": [(x, 2, 1e-4), (y, 1, 1e-4)],
         "qkv_norm_backward": [
             (*[r(2, 2, 20, 1) for _ in range(3)], x, 2, 1e-4),
@@ -80,7 +90,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 33
+    assert len(NAMES) == 34
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

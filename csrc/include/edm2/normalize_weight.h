@@ -8,11 +8,13 @@ namespace edm2 {
 
 /// One weight tensor as [rows, row_size], row by row in memory.
 struct WeightRows {
-  const void* w;
-  void* out;  // may be w itself (forced normalisation)
+  void* w;    // written to by forced normalisation only
+  void* out;  // null: not wanted
   int64_t rows;
   int64_t row_size;
-  double factor;  // what the normalised rows are multiplied with: gain / sqrt(row_size), or 1
+  int64_t inner;      // rows of out are the transposes of rows [row_size / inner, inner] of w; 1: the same order
+  const float* gain;  // on the GPU, a factor more; null: none. For the CPU it is part of factor.
+  double factor;      // what the normalised rows are multiplied with: gain / sqrt(row_size), or 1
 };
 
 struct NormalizeWeightParams {
@@ -22,16 +24,21 @@ struct NormalizeWeightParams {
   DType dtype;      // of w
   DType out_dtype;  // of out
   double eps;
+  bool force;  // first overwrite w by its normalised rows (Eq. 66)
 };
 
 struct WeightRowsBackward {
   const void* grad;  // of the result, type grad_dtype
   const void* w;
   void* grad_w;
-  double* row_dots;  // [rows] <grad, y>, the row's share of the gain's gradient; null: not wanted
+  void*
+      row_dots;  // [rows] <grad, y>, the row's share of the gain's gradient: double, on the GPU float; null: not wanted
   int64_t rows;
   int64_t row_size;
+  const float* gain;  // as above
   double factor;
+  float* grad_gain;         // on the GPU: the sum of row_dots times gain_grad_factor; null: not wanted
+  double gain_grad_factor;  // factor without the gain
 };
 
 struct NormalizeWeightBackwardParams {
@@ -48,5 +55,11 @@ namespace cpu {
 void normalize_weight(const NormalizeWeightParams& params, int64_t begin, int64_t end);
 void normalize_weight_backward(const NormalizeWeightBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
+
+namespace cuda {
+/// Launches return a cudaError_t. Descriptors travel as kernel parameters, in as many launches as their limit needs.
+int launch_normalize_weight(const NormalizeWeightParams& params, CUstream_st* stream);
+int launch_normalize_weight_backward(const NormalizeWeightBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
 
 }  // namespace edm2

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <source_location>
 
 #include "../emulator.h"
@@ -20,6 +21,10 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ thread_local
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -105,7 +110,8 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 
 struct cudaLaunchConfig_t {
@@ -120,15 +126,33 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::options().multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::options().multiprocessors
+                                                       : static_cast<int>(emulation::kDynamicSharedMost);
+  return cudaSuccess;
+}
+
+namespace emulation {
+/// Dynamic shared memory that a kernel was granted.
+template <typename... Parameters>
+size_t& granted(void (*kernel)(Parameters...)) {
+  static std::map<void (*)(Parameters...), size_t> bytes;
+  return bytes.try_emplace(kernel, kDynamicSharedLimit).first->second;
+}
+}  // namespace emulation
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+  if (value > static_cast<int>(emulation::kDynamicSharedMost)) return cudaErrorInvalidValue;
+  emulation::granted(kernel) = static_cast<size_t>(value);
   return cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  switch (emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); })) {
+  switch (emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, emulation::granted(kernel),
+                         [&] { kernel(arguments...); })) {
     case emulation::Outcome::kDone:
       return cudaSuccess;
     case emulation::Outcome::kRefused:
