@@ -74,6 +74,7 @@ def activation_cases(
     yield from both_directions(f"mp_cat {label}", ops.mp_cat, a, b)
     yield from both_directions(f"mp_cat + mp_silu {label}", partial(ops.mp_cat, silu=True), a, b)
     yield from both_directions(f"resample_down {label}", ops.resample_down, a)
+    yield from both_directions(f"resample_down + pixel_norm + mp_silu {label}", ops.resample_down_pixel_norm, a)
     yield from both_directions(f"resample_up {label}", ops.resample_up, a)
     qkv = activation(n, 3 * channels, size, dtype, layout)
     yield from both_directions(

@@ -166,13 +166,11 @@ def resample_filter(function: str, taps: Sequence[float]) -> list[float]:
     return [f / total for f in values]
 
 
-def down_size(x: Tensor, taps: int) -> None:
+def down_size(function: str, x: Tensor, taps: int) -> None:
     """Height and width of `x` are at least 2, and cover the filter."""
     pad = (taps - 1) // 2
     if min(x.shape[2:]) + 2 * pad < taps:
-        raise ValueError(
-            f"resample_down: x must be at least {taps - 2 * pad} pixels high and wide, got {list(x.shape)}"
-        )
+        raise ValueError(f"{function}: x must be at least {taps - 2 * pad} pixels high and wide, got {list(x.shape)}")
 
 
 def weights_and_gains(w: Sequence[Tensor], gain: "Sequence[Tensor | float] | Tensor | float") -> list[tuple]:

@@ -128,7 +128,7 @@ def resample_down(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
     """Halve height and width of x [N, C, H, W] with a separable filter of even length (2.11)."""
     taps = checks.resample_filter("resample_down", filter)
     checks.image("resample_down", "x", x)
-    checks.down_size(x, len(taps))
+    checks.down_size("resample_down", x, len(taps))
     with _autocast_off(x):
         kernel = _resample_kernel(x, taps, scale=1)
         return F.conv2d(x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
@@ -141,6 +141,11 @@ def resample_up(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
     with _autocast_off(x):
         kernel = _resample_kernel(x, taps, scale=4)
         return F.conv_transpose2d(x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
+
+
+def resample_down_pixel_norm(x: Tensor, filter: Sequence[float] = (1, 1), eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """y = pixel_norm(resample_down(x, filter), eps) and mp_silu(y), for x [N, C, H, W] (2.11, 2.10, 3.2)."""
+    return pixel_norm(resample_down(x, filter), eps, silu=True)
 
 
 def _autocast_off(x: Tensor) -> AbstractContextManager:

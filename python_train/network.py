@@ -72,11 +72,14 @@ class Block(torch.nn.Module):
         the concatenation with the skip emits it in the same pass). ``philox`` is what `ops.mp_silu_modulated` draws
         dropout from, needed in training if there is any.
         """
-        if self.resample_mode == "down":
+        normalised_with_resampling = self.flavor == "enc" and self.resample_mode == "down" and self.conv_skip is None
+        if normalised_with_resampling:
+            x, x_silu = ops.resample_down_pixel_norm(x, self.resample_filter)
+        elif self.resample_mode == "down":
             x = ops.resample_down(x, self.resample_filter)
         elif self.resample_mode == "up":
             x = ops.resample_up(x, self.resample_filter)
-        if self.flavor == "enc":
+        if self.flavor == "enc" and not normalised_with_resampling:
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
             x, x_silu = ops.pixel_norm(x, silu=True)

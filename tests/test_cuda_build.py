@@ -34,6 +34,21 @@ REGISTERS = {
     "normalize_weight_rows": 80,
     "normalize_weight_backward_rows": 128,
     "sum_gain_gradients": 40,
+    "resample_down_cells": 40,
+    "resample_up_cells": 40,
+    "resample_gather": 64,
+    "resample_down_pixel_norm_rows": 128,  # up to 64 means are held
+    "resample_down_pixel_norm_long_rows": 80,
+    "resample_down_pixel_norm_planes": 80,
+    "resample_down_pixel_norm_backward_rows": 168,  # up to 8 packs of y and 64 gradients are held
+    "resample_down_pixel_norm_backward_long_rows": 80,
+    "resample_down_pixel_norm_backward_planes": 96,
+    "qkv_norm_rows": 64,
+    "qkv_norm_long_rows": 80,
+    "qkv_norm_planes": 80,
+    "qkv_norm_backward_rows": 80,
+    "qkv_norm_backward_long_rows": 80,
+    "qkv_norm_backward_planes": 96,
 }
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [
@@ -56,6 +71,14 @@ OPS = [
     "effective_weights_backward",
     "force_normalize_",
     "prepare_weights",
+    "resample_down",
+    "resample_down_backward",
+    "resample_up",
+    "resample_up_backward",
+    "resample_down_pixel_norm",
+    "resample_down_pixel_norm_backward",
+    "qkv_norm",
+    "qkv_norm_backward",
 ]
 
 

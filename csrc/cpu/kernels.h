@@ -11,29 +11,32 @@
 #include "edm2/normalize_weight.h"
 #include "edm2/pixel_norm.h"
 #include "edm2/resample.h"
+#include "edm2/resample_down_pixel_norm.h"
 
 /// KERNEL(name, parameter struct, storage types): every kernel is void name(const Params&, int64_t begin, int64_t end).
-#define EDM2_CPU_KERNELS(KERNEL)                                                                \
-  KERNEL(pixel_norm, PixelNormParams, "float32 float64 bfloat16")                               \
-  KERNEL(pixel_norm_backward, PixelNormBackwardParams, "float32 float64 bfloat16")              \
-  KERNEL(mp_silu, MPSiLUParams, "float32 float64 bfloat16")                                     \
-  KERNEL(mp_silu_backward, MPSiLUBackwardParams, "float32 float64 bfloat16")                    \
-  KERNEL(mp_silu_modulated, MPSiLUModulatedParams, "float32 float64 bfloat16")                  \
-  KERNEL(mp_silu_modulated_backward, MPSiLUModulatedBackwardParams, "float32 float64 bfloat16") \
-  KERNEL(mp_sum, MPSumParams, "float32 float64 bfloat16")                                       \
-  KERNEL(mp_sum_backward, MPSumBackwardParams, "float32 float64 bfloat16")                      \
-  KERNEL(mp_cat, MPCatParams, "float32 float64 bfloat16")                                       \
-  KERNEL(mp_cat_backward, MPCatBackwardParams, "float32 float64 bfloat16")                      \
-  KERNEL(mp_fourier, MPFourierParams, "float32 float64 bfloat16")                               \
-  KERNEL(mp_fourier_backward_x, MPFourierBackwardParams, "float32 float64 bfloat16")            \
-  KERNEL(mp_fourier_backward_buffers, MPFourierBackwardParams, "float32 float64 bfloat16")      \
-  KERNEL(resample_down, ResampleParams, "float32 float64 bfloat16")                             \
-  KERNEL(resample_up, ResampleParams, "float32 float64 bfloat16")                               \
-  KERNEL(normalize_weight, NormalizeWeightParams, "float32 float64 bfloat16")                   \
-  KERNEL(normalize_weight_backward, NormalizeWeightBackwardParams, "float32 float64 bfloat16")  \
-  KERNEL(qkv_norm, QKVNormParams, "float32 float64 bfloat16")                                   \
-  KERNEL(qkv_norm_backward, QKVNormBackwardParams, "float32 float64 bfloat16")                  \
-  KERNEL(ema_update, EMAUpdateParams, "float32 float64 bfloat16")                               \
+#define EDM2_CPU_KERNELS(KERNEL)                                                                             \
+  KERNEL(pixel_norm, PixelNormParams, "float32 float64 bfloat16")                                            \
+  KERNEL(pixel_norm_backward, PixelNormBackwardParams, "float32 float64 bfloat16")                           \
+  KERNEL(mp_silu, MPSiLUParams, "float32 float64 bfloat16")                                                  \
+  KERNEL(mp_silu_backward, MPSiLUBackwardParams, "float32 float64 bfloat16")                                 \
+  KERNEL(mp_silu_modulated, MPSiLUModulatedParams, "float32 float64 bfloat16")                               \
+  KERNEL(mp_silu_modulated_backward, MPSiLUModulatedBackwardParams, "float32 float64 bfloat16")              \
+  KERNEL(mp_sum, MPSumParams, "float32 float64 bfloat16")                                                    \
+  KERNEL(mp_sum_backward, MPSumBackwardParams, "float32 float64 bfloat16")                                   \
+  KERNEL(mp_cat, MPCatParams, "float32 float64 bfloat16")                                                    \
+  KERNEL(mp_cat_backward, MPCatBackwardParams, "float32 float64 bfloat16")                                   \
+  KERNEL(mp_fourier, MPFourierParams, "float32 float64 bfloat16")                                            \
+  KERNEL(mp_fourier_backward_x, MPFourierBackwardParams, "float32 float64 bfloat16")                         \
+  KERNEL(mp_fourier_backward_buffers, MPFourierBackwardParams, "float32 float64 bfloat16")                   \
+  KERNEL(resample_down, ResampleParams, "float32 float64 bfloat16")                                          \
+  KERNEL(resample_up, ResampleParams, "float32 float64 bfloat16")                                            \
+  KERNEL(resample_down_pixel_norm, ResampleDownPixelNormParams, "float32 float64 bfloat16")                  \
+  KERNEL(resample_down_pixel_norm_backward, ResampleDownPixelNormBackwardParams, "float32 float64 bfloat16") \
+  KERNEL(normalize_weight, NormalizeWeightParams, "float32 float64 bfloat16")                                \
+  KERNEL(normalize_weight_backward, NormalizeWeightBackwardParams, "float32 float64 bfloat16")               \
+  KERNEL(qkv_norm, QKVNormParams, "float32 float64 bfloat16")                                                \
+  KERNEL(qkv_norm_backward, QKVNormBackwardParams, "float32 float64 bfloat16")                               \
+  KERNEL(ema_update, EMAUpdateParams, "float32 float64 bfloat16")                                            \
   KERNEL(accumulate_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")
 
 #define EDM2_DECLARE_KERNEL(name, Params, dtypes) void name(const Params& params, int64_t begin, int64_t end);

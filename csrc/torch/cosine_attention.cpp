@@ -1,19 +1,9 @@
-#include "edm2/cosine_attention.h"
+#include "cosine_attention.h"
 
 #include <tuple>
 
-#include "common.h"
-
 namespace edm2::torch_ops {
 namespace {
-
-/// channels = 3 * heads * head_dim.
-int64_t head_dim_of(const Activation& shape, int64_t heads, const char* op) {
-  EDM2_CHECK(heads > 0, op, "heads", "expected at least 1, got ", heads);
-  EDM2_CHECK(shape.channels > 0 && shape.channels % (3 * heads) == 0, op, "qkv",
-             "expected a multiple of 3 * heads = ", 3 * heads, " channels, got ", shape.channels);
-  return shape.channels / (3 * heads);
-}
 
 std::tuple<Tensor, Tensor, Tensor> qkv_norm(const Tensor& qkv_, int64_t heads, double eps) {
   const char* op = "qkv_norm";
@@ -45,14 +35,8 @@ Tensor qkv_norm_backward(const Tensor& grad_q_, const Tensor& grad_k_, const Ten
   params.heads = heads;
   params.head_dim = head_dim_of(params.shape, heads, op);
   params.eps = eps;
-  const int64_t sizes[4] = {params.shape.batch, heads, params.shape.pixels, params.head_dim};
   const auto part = [&](const Tensor& grad, const char* argument) {
-    const View view = dense(grad, Format::kContiguous);
-    bool fits = view.dim == 4;
-    for (int64_t i = 0; fits && i < 4; ++i) fits = view.sizes[i] == sizes[i];
-    EDM2_CHECK(fits, op, argument, "expected shape ", to_string(sizes, 4), ", got ", view.shape());
-    check_same_dtype(qkv, view, op, argument);
-    return view;
+    return dense(part_gradient(grad, qkv, params.shape, heads, op, argument), Format::kContiguous);
   };
   const View grad_q = part(grad_q_, "grad_q"), grad_k = part(grad_k_, "grad_k"), grad_v = part(grad_v_, "grad_v");
   const Tensor grad_qkv = empty_like(qkv);

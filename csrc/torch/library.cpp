@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("resample_up(Tensor x, float[] filter) -> Tensor");
   m.def("resample_up_backward(Tensor grad, float[] filter) -> Tensor");
 
+  // resample_down_pixel_norm
+  m.def("resample_down_pixel_norm(Tensor x, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "resample_down_pixel_norm_backward(Tensor grad, Tensor grad_silu, Tensor y, Tensor rms, float eps, int height, "
+      "int width) -> Tensor");
+
   // normalize_weight
   m.def("normalize_weight(Tensor w, float eps) -> Tensor");
   m.def("normalize_weight_backward(Tensor grad, Tensor w, float eps) -> Tensor");

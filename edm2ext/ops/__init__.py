@@ -18,6 +18,7 @@ from edm2ext.ops.normalize_weight import effective_weight, force_normalize_, nor
 from edm2ext.ops.pixel_norm import pixel_norm
 from edm2ext.ops.prepared_weight import prepared_weight
 from edm2ext.ops.resample import resample_down, resample_up
+from edm2ext.ops.resample_down_pixel_norm import resample_down_pixel_norm
 
 __all__ = [
     "accumulate_snapshots",
@@ -37,5 +38,6 @@ __all__ = [
     "prepare_weights",
     "prepared_weight",
     "resample_down",
+    "resample_down_pixel_norm",
     "resample_up",
 ]

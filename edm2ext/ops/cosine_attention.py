@@ -1,7 +1,7 @@
-"""Cosine attention (specification 2.12 steps 2 to 6, Eqs. 30 to 34): native normalisation, torch's matrix products."""
+"""Cosine attention (specification 2.12 steps 2 to 6, Eqs. 30 to 34): native normalisation, torch's attention."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,12 @@ _qkv_norm = backend.op("qkv_norm")
 _qkv_norm_backward = backend.op("qkv_norm_backward")
 _KERNELS = backend.kernels("qkv_norm", "qkv_norm_backward")
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 
 
 def cosine_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -38,7 +42,7 @@ class _CosineAttention(torch.autograd.Function):
         q, k, v = _normalized(qkv, num_heads, dtype)
         out, saved = _attend(q, k, v, qkv)
         ctx.save_for_backward(qkv, q, k, v, *saved)
-        return out
+        return out.detach()  # the merged heads may be a view, which autograd would not let anyone modify in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,32 +61,58 @@ def _normalized(qkv: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tensor
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _explicit(q: Tensor) -> bool:
-    """Whether plain products and a softmax beat torch's fused CPU attention on q [N, heads, pixels, d].
+Products = Literal["explicit", "flash on the CPU", "flash", "efficient"]
 
-    Measured forward + backward with d = 64, CPU time of one thread: in float32 they need 0.8 of its time at 16 pixels,
-    0.9 at 64 to 144, 0.85 to 1.15 at 256 and twice its time at 1024, where it keeps its tiles in cache. In bfloat16 its
-    backward pass is slow: they need 0.15 of its time at 16 pixels, 0.6 at 256, and as much at 1024.
+
+def _products(q: Tensor) -> Products:
+    """Which of torch's implementations multiplies q [N, heads, pixels, d].
+
+    On a GPU those of `scaled_dot_product_attention`: flash attention has no float32; either wants rows of 16 bytes.
+
+    On the CPU: measured forward + backward with d = 64, CPU time of one thread, in float32 plain products and a softmax
+    need 0.8 of the time of fused attention at 16 pixels, 0.9 at 64 to 144, 0.85 to 1.15 at 256 and twice its time at
+    1024, where it keeps its tiles in cache. In bfloat16 its backward pass is slow: they need 0.15 of its time at 16
+    pixels, 0.6 at 256, and as much at 1024.
     """
-    return q.shape[2] <= (512 if q.dtype == torch.bfloat16 else 256)
+    pixels, depth = q.shape[2:]
+    if q.is_cpu:
+        return "explicit" if pixels <= (512 if q.dtype == torch.bfloat16 else 256) else "flash on the CPU"
+    if q.numel() == 0:
+        return "explicit"
+    if q.dtype == torch.float32:
+        return "efficient" if depth % 4 == 0 else "explicit"
+    return "flash" if depth % 8 == 0 and depth <= 256 else "explicit"
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output in qkv's layout and what the backward pass needs: the probabilities, or output and log-sum-exp."""
-    if _explicit(q):
+    """The output in qkv's layout and what the backward pass needs: the probabilities, or what fused attention wants."""
+    products = _products(q)
+    if products == "explicit":
         probabilities = _probabilities(q.flatten(0, 1), k.flatten(0, 1))
         out = torch.bmm(probabilities, v.flatten(0, 1)).view_as(v)
         return _merge_heads(out, qkv), (probabilities,)
-    out, logsumexp = _flash(q, k, v)
-    return _merge_heads(out, qkv), (out, logsumexp)
+    if products == "flash on the CPU":
+        out, logsumexp = _flash_on_cpu(q, k, v)
+        return _merge_heads(out, qkv), (out, logsumexp)
+    if products == "flash":
+        out, logsumexp, _, _, _, _, seed, offset, _ = _flash(q, k, v)
+    else:
+        out, logsumexp, seed, offset = _efficient(q, k, v, None, True)
+    return _merge_heads(out, qkv), (out, logsumexp, seed, offset)
 
 
 def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor]) -> tuple[Tensor, ...]:
     """Gradients for q, k and v (2.12)."""
+    products = _products(q)
     batch, heads, pixels, depth = q.shape
     grad = grad.reshape(batch, heads, depth, pixels).transpose(2, 3)
-    if len(saved) == 2:
-        return _flash_backward(grad.contiguous(), q, k, v, *saved, 0.0, False)
+    if products == "flash on the CPU":
+        return _flash_on_cpu_backward(grad.contiguous(), q, k, v, *saved, 0.0, False)
+    if products == "flash":
+        out, logsumexp, *random = saved
+        return _flash_backward(grad, q, k, v, out, logsumexp, None, None, pixels, pixels, 0.0, False, *random)
+    if products == "efficient":
+        return _efficient_backward(grad, q, k, v, None, *saved, 0.0, [True, True, True, False])[:3]
     (probabilities,) = saved
     grad = grad.reshape(batch * heads, pixels, depth)
     grad_v = torch.bmm(probabilities.transpose(1, 2), grad)
@@ -104,7 +134,10 @@ def _scaled_bmm(a: Tensor, b: Tensor, depth: int) -> Tensor:
 
 
 def _merge_heads(out: Tensor, qkv: Tensor) -> Tensor:
-    """[N, heads, pixels, d] -> [N, heads * d, *] in the memory format of qkv."""
+    """[N, heads, pixels, d] -> [N, heads * d, *] in the memory format of qkv.
+
+    No copy from a GPU's fused attention, whose output is [N, pixels, heads, d] in memory, to channels_last.
+    """
     batch, heads, _, depth = out.shape
     spatial = qkv.shape[2:]
     layout = memory_format(qkv)
@@ -116,8 +149,13 @@ def _merge_heads(out: Tensor, qkv: Tensor) -> Tensor:
 @backend.fake("qkv_norm")
 def _(qkv: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(qkv.dim() >= 2 and qkv.shape[1] % (3 * heads) == 0)
-    shape = (qkv.shape[0], heads, qkv.shape[2:].numel(), qkv.shape[1] // (3 * heads))
-    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+    batch, pixels, depth = qkv.shape[0], qkv.shape[2:].numel(), qkv.shape[1] // (3 * heads)
+    if qkv.is_cpu:
+        shape = (batch, heads, pixels, depth)
+        return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+    shape = (batch, pixels, heads, depth)
+    by_head = [qkv.new_empty(shape).transpose(1, 2) for _ in range(3)]
+    return by_head[0], by_head[1], by_head[2]
 
 
 @backend.fake("qkv_norm_backward")

@@ -15,6 +15,7 @@ _resample_up = backend.op("resample_up")
 _resample_up_backward = backend.op("resample_up_backward")
 _DOWN_KERNELS = backend.kernels("resample_down", "resample_down_backward")
 _UP_KERNELS = backend.kernels("resample_up", "resample_up_backward")
+_MOST_TAPS_ON_GPU = 128  # of the CUDA kernels
 
 
 def resample_down(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
@@ -25,8 +26,8 @@ def resample_down(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
     """
     taps = checks.resample_filter("resample_down", filter)
     checks.image("resample_down", "x", x)
-    checks.down_size(x, len(taps))
-    if not backend.native(x, _DOWN_KERNELS):
+    checks.down_size("resample_down", x, len(taps))
+    if not _native(x, taps, _DOWN_KERNELS):
         return reference.resample_down(x, taps)
     if x.requires_grad and torch.is_grad_enabled():
         return _ResampleDown.apply(x, taps)
@@ -41,11 +42,15 @@ def resample_up(x: Tensor, filter: Sequence[float] = (1, 1)) -> Tensor:
     """
     taps = checks.resample_filter("resample_up", filter)
     checks.image("resample_up", "x", x)
-    if not backend.native(x, _UP_KERNELS):
+    if not _native(x, taps, _UP_KERNELS):
         return reference.resample_up(x, taps)
     if x.requires_grad and torch.is_grad_enabled():
         return _ResampleUp.apply(x, taps)
     return _resample_up(x, taps)
+
+
+def _native(x: Tensor, taps: list[float], kernels: backend.Kernels) -> bool:
+    return backend.native(x, kernels) and (x.is_cpu or len(taps) <= _MOST_TAPS_ON_GPU)
 
 
 class _ResampleDown(torch.autograd.Function):

@@ -16,7 +16,8 @@ EPS = 1e-4
 @pytest.fixture(scope="module")
 def ops() -> SimpleNamespace:
     """torch.ops.edm2_emulated. Loaded once per process: a library cannot be registered twice."""
-    torch.ops.load_library(emulated.build("bindings", "pixel_norm", "mp_silu", "ema_update", "normalize_weight"))
+    names = ("pixel_norm", "mp_silu", "ema_update", "normalize_weight", "resample", "resample_down_pixel_norm")
+    torch.ops.load_library(emulated.build("bindings", *names, "cosine_attention"))
     return torch.ops.edm2_emulated
 
 
@@ -222,6 +223,70 @@ def test_prepare_weights(ops: SimpleNamespace, force: bool, out_layout: str, lay
     torch.testing.assert_close(again, [reference.normalize_weight(w) for w in raw])
 
 
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("filter", [[1.0, 1.0], [1.0, 3.0, 3.0, 1.0]])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 6), (1, 3, 5, 7), (0, 4, 2, 2)], ids=str)
+def test_resample(ops: SimpleNamespace, shape: tuple[int, ...], filter: list[float], layout: str, grad_layout: str):
+    x = LAYOUTS[layout](emulated.random_tensor(*shape, dtype=torch.float32))
+    for function, op, backward in (
+        (reference.resample_down, ops.resample_down, lambda g: ops.resample_down_backward(g, filter, *shape[2:])),
+        (reference.resample_up, ops.resample_up, lambda g: ops.resample_up_backward(g, filter)),
+    ):
+        leaf = x.double().requires_grad_()
+        expected = function(leaf, filter)
+        out = op(x, filter)
+        torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+        assert out.is_contiguous(memory_format=reference.memory_format(x))
+        if grad_layout == "expanded":
+            grad = torch.full((1, 1, 1, 1), 0.5).expand(out.shape)
+        else:
+            grad = LAYOUTS[grad_layout](emulated.random_tensor(*out.shape, dtype=torch.float32, seed=1))
+        (truth,) = torch.autograd.grad(expected, leaf, grad.double())
+        torch.testing.assert_close(backward(grad).double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", [(2, 8, 4, 6), (1, 3, 5, 7), (0, 4, 2, 2)], ids=str)
+def test_resample_down_pixel_norm(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    x = LAYOUTS[layout](emulated.random_tensor(*shape, dtype=torch.float32))
+    leaf = x.double().requires_grad_()
+    expected = reference.resample_down_pixel_norm(leaf)
+    *found, rms = ops.resample_down_pixel_norm(x, EPS)
+    for out, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(out.double(), truth.detach(), rtol=1e-4, atol=1e-5)
+        assert out.is_contiguous(memory_format=reference.memory_format(x))
+    if grad_layout == "expanded":
+        grads = [torch.full((1, 1, 1, 1), 0.5 + i).expand(out.shape) for i, out in enumerate(found)]
+    else:
+        grads = [LAYOUTS[grad_layout](emulated.random_tensor(*out.shape, dtype=torch.float32)) for out in found]
+    grad = ops.resample_down_pixel_norm_backward(*grads, found[0], rms, EPS, *shape[2:])
+    (truth,) = torch.autograd.grad(expected, leaf, [g.double() for g in grads])
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
+    assert grad.is_contiguous(memory_format=reference.memory_format(x))
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", [(2, 48, 2, 4), (1, 18, 5, 3), (2, 12, 2, 1, 3), (0, 12, 2, 2)], ids=str)
+def test_qkv_norm(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    x = LAYOUTS[layout](emulated.random_tensor(*shape, dtype=torch.float32))
+    n, heads, d, pixels = shape[0], 2, shape[1] // 6, x.shape[2:].numel()
+    leaf = x.double().requires_grad_()
+    parts = leaf.reshape(n, heads, d, 3, pixels).permute(3, 0, 1, 4, 2)
+    expected = parts / (EPS + parts.square().mean(-1, keepdim=True).sqrt())
+    found = ops.qkv_norm(x, heads, EPS)
+    for out, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(out.double(), truth.detach(), rtol=1e-4, atol=1e-5)
+        assert out.transpose(1, 2).is_contiguous()
+    if grad_layout == "expanded":
+        grads = [torch.full((1, 1, 1, 1), 0.5 + j).expand(truth.shape) for j, truth in enumerate(expected)]
+    else:
+        grads = [LAYOUTS[grad_layout](emulated.random_tensor(*truth.shape, dtype=torch.float32)) for truth in expected]
+    grad = ops.qkv_norm_backward(*grads, x, heads, EPS)
+    (truth,) = torch.autograd.grad(expected, leaf, torch.stack(grads).double())
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
+    assert grad.is_contiguous(memory_format=reference.memory_format(x))
+
+
 def test_double_is_refused(ops: SimpleNamespace):
     x = torch.ones(2, 3, 4, dtype=torch.float64)
     message = "expected float32, float16 or bfloat16 on a GPU, got Double"
@@ -232,6 +297,9 @@ def test_double_is_refused(ops: SimpleNamespace):
         lambda: ops.mp_silu_backward(x, x),
         lambda: ops.mp_silu_modulated(x, x[..., 0]),
         lambda: ops.mp_silu_modulated_backward(x, x, x[..., 0]),
+        lambda: ops.resample_up(x[None], [1.0, 1.0]),
+        lambda: ops.qkv_norm(x, 1, EPS),
+        lambda: ops.resample_down_pixel_norm(x[None], EPS),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -268,6 +336,20 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
         "mp_silu_backward: grad: expected shape": lambda: ops.mp_silu_backward(x[:1], x),
         "pixel_norm_silu_backward: grad_silu: expected dtype": lambda: ops.pixel_norm_silu_backward(
             x, x.half(), x, EPS
+        ),
+        "resample_up: filter: expected at most 128 taps on a GPU, got 130": lambda: ops.resample_up(
+            x[None], [1.0] * 130
+        ),
+        "resample_down: x: expected height and width of at least 2": lambda: ops.resample_down(x[None, :, :1], [1, 1]),
+        "resample_down_pixel_norm_backward: y: expected the result for height 9 and width 9": (
+            lambda: ops.resample_down_pixel_norm_backward(x[None], x[None], x[None], x, EPS, 9, 9)
+        ),
+        r"resample_down_pixel_norm_backward: rms: expected shape \[1, 3, 4\] and dtype Float, got \[2, 3, 4\]": (
+            lambda: ops.resample_down_pixel_norm_backward(x[None], x[None], x[None], x, EPS, 6, 8)
+        ),
+        "qkv_norm: qkv: expected a multiple of 3 . heads = 6 channels, got 3": lambda: ops.qkv_norm(x, 2, EPS),
+        r"qkv_norm_backward: grad_k: expected shape \[2, 1, 4, 1\]": lambda: ops.qkv_norm_backward(
+            x[:, :1, :, None], x, x, x, 1, EPS
         ),
         "ema_update_: emas: expected profiles . parameters = 2": lambda: ops.ema_update_([x], [x], [0.5, 0.1]),
         r"normalize_weight: w: expected shape \[out, in, ...\], got \[4\]": lambda: ops.normalize_weight(x[0, 0], EPS),

@@ -10,6 +10,7 @@ from pathlib import Path
 import emulated
 import mutate
 import pytest
+import test_emulated_cosine_attention
 import test_emulated_mp_silu
 import test_emulated_normalize_weight
 import test_emulated_pixel_norm
@@ -66,12 +67,19 @@ def check_normalize_weight(library: Library) -> None:
     test_emulated_normalize_weight.check_backward(library, cases, torch.float32, torch.float32)
 
 
+def check_cosine_attention(library: Library) -> None:
+    for case in test_emulated_cosine_attention.CASES:
+        if "nchw" in case.layouts:
+            test_emulated_cosine_attention.check(library, case._replace(layouts=("nchw",)), torch.float32)
+
+
 # File of kernels: the check that must fail without one of its barriers, and the library it is called with.
 CHECKS = {
     "pixel_norm.cuh": (check_pixel_norm, "pixel_norm"),
     "mp_silu.cuh": (check_mp_silu, "mp_silu"),
     "normalize_weight.cuh": (check_normalize_weight, "normalize_weight"),
     "rows.cuh": (check_normalize_weight, "normalize_weight"),
+    "cosine_attention.cuh": (check_cosine_attention, "cosine_attention"),
 }
 
 
@@ -143,8 +151,72 @@ FAULTS = [
     ("ema_update.cuh", "bytes_past_16(pointers[profile]) != bytes_past_16(pointers[0])", "false"),
     ("ema_update.cu", "table.weights[k - first]", "table.weights[0]"),
     ("ema_update.cu", "table.tensors < capacity", "table.tensors <= capacity"),
+    ("resample.cuh", "2 * column + 1 < grid.fine_width", "true"),
+    ("resample.cuh", "2 * row + 1 < grid.fine_height", "true"),
+    ("resample.cuh", "row < grid.coarse_height && column", "column"),
+    ("resample.cuh", "row < grid.coarse_height && column < grid.coarse_width", "row < grid.coarse_height"),
+    ("resample.cuh", "load<N>(x + N + cell.below)", "load<N>(x + cell.below)"),
+    ("resample.cuh", "values.v[N / 2 + i / 2]", "values.v[i / 2]"),
+    ("resample.cuh", "item % items.packs * N", "item % items.packs"),
+    ("resample.cuh", "Floats<N> values = {};", "Floats<N> values = {{1}};"),
+    ("resample.cuh", "2 * out - half", "2 * out - half + 1"),
+    ("resample.cuh", "static_cast<int>(origin % 2)", "static_cast<int>(out % 2)"),
+    ("resample.cuh", "column < 0 || column >= sizes.width", "column >= sizes.width"),
+    ("resample.cuh", "row < 0 || row >= sizes.height", "row < 0"),
+    ("resample.cuh", "row_sum * taps.tap[ky]", "row_sum * taps.tap[0]"),
+    ("resample.cu", "ceil_div(grid.fine_height, 2)", "grid.coarse_height"),
+    ("resample.cu", "params.filter[0] == params.filter[1]", "true"),
+    ("resample.cu", "params.filter[0] * params.filter[0]", "params.filter[0]"),
+    ("resample.cu", "grid.fine_width == 2 * grid.coarse_width", "true"),
+    ("resample.cu", "params.taps > kMostTaps", "false"),
+    (
+        "resample_down_pixel_norm.cuh",
+        "Cell(grid, row / rows, row % rows, index % columns)",
+        "Cell(grid, 0, row, index % columns)",
+    ),
+    ("resample_down_pixel_norm.cuh", "normalize_grad_coef(dot_gy, 1.0f", "normalize_grad_coef(dot_gy, 0.5f"),
+    (
+        "resample_down_pixel_norm.cuh",
+        "cell.has_coarse && end > 0 ? rms[cell.coarse / channels]",
+        "end > 0 ? rms[cell.coarse / channels]",
+    ),
+    ("resample_down_pixel_norm.cuh", "if (groups.lane == 0 && index < cells)", "if (groups.lane == 0)"),
+    ("resample_down_pixel_norm.cuh", "const int end = index < cells ? channels : 0;", "const int end = channels;"),
+    ("resample_down_pixel_norm.cuh", "    if (cell.has_coarse) {\n#pragma unroll", "    {\n#pragma unroll"),
+    ("resample_down_pixel_norm.cuh", "const int64_t end = cell.has_coarse ? grid.inner : 0;", "const int64_t end = 0;"),
+    ("resample_down_pixel_norm.cuh", "cell.has_coarse && strip.end > 0", "strip.end > 0"),
+    ("resample_down_pixel_norm.cuh", "if (strip.first == 0 && strip.end > 0) {", "if (strip.first == 0) {"),
+    ("resample_down_pixel_norm.cuh", "rms_at = sample * coarse_plane", "rms_at = sample * channels * coarse_plane"),
+    ("resample_down_pixel_norm.cu", "all_cells ? ceil_div(params.height, 2) : params.height / 2", "params.height / 2"),
+    ("resample_down_pixel_norm.cu", "grid.fine_width == 2 * grid.coarse_width", "true"),
+    ("resample_down_pixel_norm.cu", "packs_per_lane > kMostPacksPerLane", "false"),
+    ("resample_down_pixel_norm.cu", "packs_per_lane <= 2", "packs_per_lane <= 3"),
+    ("cosine_attention.cuh", "parts[at % 3].v[at / 3] = values", "parts[at / N].v[at % N] = values"),
+    ("cosine_attention.cuh", "values.v[i] = parts[at % 3]", "values.v[i] = parts[2 - at % 3]"),
+    ("cosine_attention.cuh", "row < rows && channel < head_dim", "row < rows"),
+    ("cosine_attention.cuh", "row < rows && channel < head_dim", "channel < head_dim"),
+    ("cosine_attention.cuh", "dot_gx[j] += to_float", "dot_gx[0] += to_float"),
+    ("cosine_attention.cuh", "index / 3 % strips", "index / 3"),
+    ("cosine_attention.cuh", "head / heads * pixels", "head * pixels"),
+    ("cosine_attention.cuh", "+ head % heads * head_dim", ""),
+    ("cosine_attention.cuh", "if (this->end > 0) this->end = head_dim;", "this->end = head_dim;"),
+    ("cosine_attention.cuh", "left < kChannels ? left : kChannels", "kChannels"),
+    ("cosine_attention.cuh", "if (first_pixel + pixel < pixels) body", "body"),
+    ("cosine_attention.cuh", "past < this->end ? past : this->end", "this->end"),
+    ("cosine_attention.cu", "head_dim % N == 0 && all_aligned(qkv", "all_aligned(qkv"),
+    ("cosine_attention.cu", "head_dim % N == 0 && all_aligned(grads", "all_aligned(grads"),
+    ("cosine_attention.cu", "packs && pixels % N == 0", "packs"),
+    ("cosine_attention.cu", "packs && head_dim <= kWarpSize * N", "packs"),
 ]
-_OPS = ("pixel_norm", "mp_silu", "ema_update", "normalize_weight")
+_OPS = (
+    "pixel_norm",
+    "mp_silu",
+    "ema_update",
+    "normalize_weight",
+    "resample",
+    "resample_down_pixel_norm",
+    "cosine_attention",
+)
 # Whose tests run: those of all ops, unless the file is an op's own or listed here.
 _USERS = {**{name: (name,) for name in _OPS}, "rows": ("normalize_weight",)}
 

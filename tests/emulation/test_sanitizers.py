@@ -10,7 +10,18 @@ import pytest
 
 FILES = [
     "test_emulator.py",
-    *(f"test_emulated_{name}.py" for name in ("pixel_norm", "mp_silu", "ema_update", "normalize_weight")),
+    *(
+        f"test_emulated_{name}.py"
+        for name in (
+            "pixel_norm",
+            "mp_silu",
+            "ema_update",
+            "normalize_weight",
+            "resample",
+            "cosine_attention",
+            "resample_down_pixel_norm",
+        )
+    ),
 ]
 
 

@@ -225,6 +225,86 @@ def test_force_normalize(dtype: torch.dtype):
     torch.testing.assert_close(weights, expected)
 
 
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filter", [(1, 1), (1, 3, 3, 1), (0.5, 1, -2, 1, 3, 0.25)])
+@pytest.mark.parametrize("shape", [(2, 24, 5, 7), (3, 130, 2, 9), (2, 192, 16, 16), (2, 3, 31, 64), (0, 4, 4, 4)])
+def test_resample(shape: tuple[int, ...], filter: tuple[float, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    x = LAYOUTS[layout](randn(*shape).to(dtype))
+    for name in ("resample_down", "resample_up"):
+        function, plain = getattr(ops, name), getattr(reference, name)
+        grad = gradients(torch.empty_like(plain(x, filter)), grad_layout)[0]
+        compare(
+            lambda x, f=function: f(x, filter),
+            lambda x, f=plain: f(x, filter),
+            [x],
+            [grad],
+            {name, f"{name}_backward"},
+        )
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 24, 5, 7), (3, 130, 2, 9), (2, 192, 16, 16), (2, 3, 31, 64), (1, 1032, 4, 6), (1, 2056, 3, 4), (0, 4, 4, 4)],
+    ids=str,
+)
+def test_resample_down_pixel_norm(shape: tuple[int, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    x = LAYOUTS[layout](randn(*shape).to(dtype))
+    grads = gradients(reference.resample_down(x), grad_layout)
+    calls = {"resample_down_pixel_norm", "resample_down_pixel_norm_backward"}
+    compare(ops.resample_down_pixel_norm, reference.resample_down_pixel_norm, [x], grads, calls)
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "shape"),
+    [(2, (2, 384, 8, 8)), (3, (2, 576, 16, 16)), (2, (2, 120, 5, 7)), (1, (3, 15, 3, 3)), (2, (1, 12, 2, 3, 2))],
+    ids=str,
+)
+def test_cosine_attention(heads: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    """torch's fused attention rounds in other places than its plain products: twice their error is not enough."""
+    x = LAYOUTS[layout](randn(*shape).to(dtype))
+    grad = gradients(x[:, : shape[1] // 3], grad_layout)[0]
+    with NativeCalls() as seen:
+        got = run(lambda x: ops.cosine_attention(x, heads), [x], [grad])
+    assert seen.names == ["edm2::qkv_norm", "edm2::qkv_norm_backward"]
+    rounded, exact = (
+        run(lambda x: reference.cosine_attention(x, heads), [x.to(kind)], [grad.to(kind)])
+        for kind in (dtype, torch.float64)
+    )
+    for out, low, high in zip(got, rounded, exact, strict=True):
+        error = (out.double() - high).abs().max().item()
+        unit = torch.finfo(dtype).eps * high.abs().max().item()
+        assert error <= 4 * (low.double() - high).abs().max().item() + 8 * unit
+    assert got[0].is_contiguous(memory_format=reference.memory_format(x))
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "shape"), [(2, (2, 384, 8, 8)), (1, (1, 408, 3, 8)), (3, (2, 45, 5, 7))], ids=str)
+def test_qkv_norm(heads: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    qkv = LAYOUTS[layout](randn(*shape).to(dtype))
+    n, depth = shape[0], shape[1] // (3 * heads)
+
+    def plain(x: Tensor) -> list[Tensor]:
+        parts = x.reshape(n, heads, depth, 3, -1).permute(3, 0, 1, 2, 4).flatten(1, 2)
+        return [reference.pixel_norm(part).unflatten(0, (n, heads)).transpose(2, 3) for part in parts]
+
+    leaf = {kind: qkv.to(kind).requires_grad_() for kind in (dtype, torch.float64)}
+    expected = {kind: plain(x) for kind, x in leaf.items()}
+    got = torch.ops.edm2.qkv_norm(qkv, heads, 1e-4)
+    for j in range(3):
+        assert_accurate(got[j], expected[dtype][j], expected[torch.float64][j])
+        assert got[j].transpose(1, 2).is_contiguous()
+    grads = [gradients(got[0], grad_layout)[j % 2] for j in range(3)]
+    truths = {kind: torch.autograd.grad(y, leaf[kind], [g.to(kind) for g in grads])[0] for kind, y in expected.items()}
+    found = torch.ops.edm2.qkv_norm_backward(*grads, qkv, heads, 1e-4)
+    assert_accurate(found, truths[dtype], truths[torch.float64])
+
+
 def test_zero_pixels():
     x = torch.zeros(1, 24, 4, 4, device="cuda", requires_grad=True)
     y = ops.pixel_norm(x)
@@ -345,6 +425,12 @@ def test_more_than_two_to_the_31_elements(channels_last: bool):
         y = function(x)
         torch.testing.assert_close(y[-1:, :, -1:, -5:], plain(last))
         del y
+    y = ops.resample_down(x)
+    assert torch.equal(y[-1], torch.full_like(y[-1], 0.5))  # 3345 is odd: the last row and column are dropped
+    z = torch.ops.edm2.resample_down_backward(y, [1.0, 1.0], *shape[2:])
+    assert z[-1, :, -2, -2].eq(0.125).all()
+    assert z[-1, :, -1].count_nonzero() == 0
+    del y, z
     c = torch.full(shape[:2], 3.0, device="cuda", dtype=torch.bfloat16)
     y = ops.mp_silu_modulated(x, c)
     torch.testing.assert_close(y[-1:, :, -1:, -5:], reference.mp_silu_modulated(last, c[-1:]))

@@ -114,6 +114,7 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list
     "mp_cat_silu": (lambda m, a, b: m.mp_cat(a, b, 0.3, silu=True), [(2, 3, 2), (2, 1, 2)]),
     "mp_fourier": (lambda m, x, f, p: m.mp_fourier(x, f, p), [(3,), (4,), (4,)]),
     "resample_down": (lambda m, x: m.resample_down(x, (1, 3, 3, 1)), [(1, 1, 5, 4)]),
+    "resample_down_pixel_norm": (lambda m, x: m.resample_down_pixel_norm(x), [(1, 2, 5, 4)]),
     "resample_up": (lambda m, x: m.resample_up(x, (1, 3, 3, 1)), [(1, 1, 3, 2)]),
     "normalize_weight": (lambda m, w: m.normalize_weight(w), [(3, 2, 2)]),
     "effective_weight": (lambda m, w, g: m.effective_weight(w, g), [(3, 4), ()]),

@@ -18,6 +18,7 @@ KEEPING: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...]]] = {
     "mp_cat": lambda x: ops.mp_cat(x, x.detach()),
     "mp_cat_silu": lambda x: ops.mp_cat(x, x.detach(), silu=True),
     "resample_down": ops.resample_down,
+    "resample_down_pixel_norm": ops.resample_down_pixel_norm,
     "resample_up": ops.resample_up,
     "normalize_weight": ops.normalize_weight,
     "effective_weight": ops.effective_weight,

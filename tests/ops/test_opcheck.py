@@ -52,6 +52,11 @@ def arguments(name: str, r: Make) -> list[tuple]:
         "mp_fourier_backward": [(r(4, 9), r(4), r(9), r(9)), (expanded(r(4, 9)), r(4), r(9), r(9))],
         "resample_down": [(x, BOX), (y, TAPS)],
         "resample_down_backward": [(r(2, 6, 2, 2), BOX, 4, 5), (channels_last(r(2, 6, 2, 3)), TAPS, 4, 6)],
+        "resample_down_pixel_norm": [(x, 1e-4), (y, 1e-4)],
+        "resample_down_pixel_norm_backward": [
+            (expanded(r(2, 6, 2, 2)), r(2, 6, 2, 2), r(2, 6, 2, 2), r(2, 2, 2).detach(), 1e-4, 5, 4),
+            (r(2, 6, 2, 3), r(2, 6, 2, 3), channels_last(r(2, 6, 2, 3)), r(2, 2, 3).detach(), 1e-4, 4, 6),
+        ],
         "resample_up": [(x, BOX), (y, TAPS)],
         "resample_up_backward": [(r(2, 6, 4, 2), BOX), (channels_last(r(2, 6, 4, 2)), TAPS)],
         "normalize_weight": [(w, 1e-4), (channels_last(w), 1e-4)],
@@ -90,7 +95,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 34
+    assert len(NAMES) == 36
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -19,6 +19,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "mp_cat_silu": [(4, 48, 33, 31), (4, 24, 33, 31)],
     "mp_fourier": [(600,), (192,), (192,)],
     "resample_down": [(4, 48, 33, 31)],
+    "resample_down_pixel_norm": [(4, 48, 33, 31)],
     "resample_up": [(4, 48, 17, 15)],
     "normalize_weight": [(200, 70, 3, 3)],
     "effective_weight": [(200, 70, 3, 3), ()],

@@ -1,5 +1,7 @@
 // What precedes the products of cosine attention (spec 2.12, steps 2-3): q, k and v taken apart, each normalised over
-// the channels of its head and laid out [batch, heads, pixels, head_dim].
+// the channels of its head. They and their gradients lie in memory as torch's attention likes them best: on the CPU
+// [batch, heads, pixels, head_dim], on a GPU [batch, pixels, heads, head_dim], so that the heads of its output are
+// already merged.
 #pragma once
 
 #include "edm2/common.h"
@@ -41,5 +43,11 @@ constexpr int64_t qkv_norm_items(const Activation& shape, int64_t heads) {
 void qkv_norm(const QKVNormParams& params, int64_t begin, int64_t end);
 void qkv_norm_backward(const QKVNormBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
+
+namespace cuda {
+/// Both return a cudaError_t.
+int launch_qkv_norm(const QKVNormParams& params, CUstream_st* stream);
+int launch_qkv_norm_backward(const QKVNormBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
 
 }  // namespace edm2

@@ -28,4 +28,12 @@ void resample_down(const ResampleParams& params, int64_t begin, int64_t end);
 void resample_up(const ResampleParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 
+namespace cuda {
+/// The most taps of a filter that launches take: it travels in their parameters.
+constexpr int64_t kMostTaps = 128;
+/// Both return a cudaError_t.
+int launch_resample_down(const ResampleParams& params, CUstream_st* stream);
+int launch_resample_up(const ResampleParams& params, CUstream_st* stream);
+}  // namespace cuda
+
 }  // namespace edm2

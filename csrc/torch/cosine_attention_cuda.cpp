@@ -1,0 +1,65 @@
+#include "cosine_attention.h"
+
+#include <tuple>
+
+#include "cuda_support.h"
+
+namespace edm2::torch_ops {
+namespace {
+
+/// q, k and v come as [batch, heads, pixels, head_dim], but lie in memory as [batch, pixels, heads, head_dim].
+std::tuple<Tensor, Tensor, Tensor> qkv_norm(const Tensor& qkv_, int64_t heads, double eps) {
+  const char* op = "qkv_norm";
+  const View qkv = dense(qkv_);
+  QKVNormParams params{};
+  params.shape = activation_of(qkv, op, "qkv");
+  params.dtype = cuda_dtype_of(qkv, op, "qkv");
+  params.heads = heads;
+  params.head_dim = head_dim_of(params.shape, heads, op);
+  params.eps = eps;
+  const int64_t sizes[4] = {params.shape.batch, params.shape.pixels, heads, params.head_dim};
+  const auto output = [&] { return empty(qkv, sizes, 4, Format::kContiguous, qkv.scalar_type); };
+  const Tensor q = output(), k = output(), v = output();
+  params.qkv = qkv.data();
+  params.q = address(q);
+  params.k = address(k);
+  params.v = address(v);
+  run_cuda(qkv, op, [&](CUstream_st* stream) { return cuda::launch_qkv_norm(params, stream); });
+  const auto by_head = [](const Tensor& part) { return torch::stable::transpose(part, 1, 2); };
+  return {by_head(q), by_head(k), by_head(v)};
+}
+
+Tensor qkv_norm_backward(const Tensor& grad_q_, const Tensor& grad_k_, const Tensor& grad_v_, const Tensor& qkv_,
+                         int64_t heads, double eps) {
+  const char* op = "qkv_norm_backward";
+  const View qkv = dense(qkv_);
+  QKVNormBackwardParams params{};
+  params.shape = activation_of(qkv, op, "qkv");
+  params.dtype = cuda_dtype_of(qkv, op, "qkv");
+  params.heads = heads;
+  params.head_dim = head_dim_of(params.shape, heads, op);
+  params.eps = eps;
+  const auto part = [&](const Tensor& grad, const char* argument) {
+    check_same_gpu(qkv, View(grad), op, argument);
+    const Tensor& checked = part_gradient(grad, qkv, params.shape, heads, op, argument);
+    return dense(torch::stable::transpose(checked, 1, 2), Format::kContiguous);
+  };
+  const View grad_q = part(grad_q_, "grad_q"), grad_k = part(grad_k_, "grad_k"), grad_v = part(grad_v_, "grad_v");
+  const Tensor grad_qkv = empty_like(qkv);
+  params.grad_q = grad_q.data();
+  params.grad_k = grad_k.data();
+  params.grad_v = grad_v.data();
+  params.qkv = qkv.data();
+  params.grad_qkv = address(grad_qkv);
+  run_cuda(qkv, op, [&](CUstream_st* stream) { return cuda::launch_qkv_norm_backward(params, stream); });
+  return grad_qkv;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(edm2, CUDA, m) {
+  m.impl("qkv_norm", TORCH_BOX(&qkv_norm));
+  m.impl("qkv_norm_backward", TORCH_BOX(&qkv_norm_backward));
+}
+
+}  // namespace edm2::torch_ops
