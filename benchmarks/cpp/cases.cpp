@@ -6,10 +6,13 @@
 #include <type_traits>
 #include <utility>
 
+#include "edm2/cosine_attention.h"
 #include "edm2/ema_update.h"
 #include "edm2/mp_silu.h"
 #include "edm2/normalize_weight.h"
 #include "edm2/pixel_norm.h"
+#include "edm2/resample.h"
+#include "edm2/resample_down_pixel_norm.h"
 
 // Each of the two programs holds one half of the kernels, and names the other half nowhere.
 #ifdef EDM2_BENCH_CUDA
@@ -368,6 +371,83 @@ void normalize_weight(Table& table) {
   }
 }
 
+/// Down and up with the 2 x 2 filter, and down with one of four taps.
+void resample(Table& table) {
+  static const double kTwo[] = {0.5, 0.5};
+  static const double kFour[] = {0.125, 0.375, 0.375, 0.125};
+  for (const Image& image : table.images()) {
+    const Image half{image.batch, image.channels, image.height / 2, image.width / 2, image.channels_last, image.dtype};
+    const auto work = [](const Image& of) { return of.channels_last ? of.batch * of.height : of.batch * of.channels; };
+    const auto params = [](const Image& x, const Image& y, const Pointers& p, const double* filter, int64_t taps) {
+      return ResampleParams{p[0],     p[1],    x.batch,         x.channels, x.height, x.width,
+                            y.height, y.width, x.channels_last, x.dtype,    filter,   taps};
+    };
+    for (const int64_t taps : {2, 4}) {
+      const double* filter = taps == 2 ? kTwo : kFour;
+      const std::string suffix = taps == 2 ? "" : "_4_taps";
+      table.add(
+          "resample_down" + suffix + image.label(), {image.in(), half.out()},
+          [=](const Pointers& p) { return params(image, half, p, filter, taps); }, GPU(cuda::launch_resample_down),
+          CPU(cpu::resample_down), work(half));
+      table.add(
+          "resample_up" + suffix + half.label(), {half.in(), image.out()},
+          [=](const Pointers& p) { return params(half, image, p, filter, taps); }, GPU(cuda::launch_resample_up),
+          CPU(cpu::resample_up), work(image));
+    }
+  }
+}
+
+void resample_down_pixel_norm(Table& table) {
+  for (const Image& image : table.images()) {
+    const auto& [batch, channels, height, width, channels_last, dtype] = image;
+    const Image half{batch, channels, height / 2, width / 2, channels_last, dtype};
+    const Buffer rms{batch * half.height * half.width, DType::kFloat32, true};
+    table.add(
+        "resample_down_pixel_norm" + image.label(), {image.in(), half.out(), half.out(), rms},
+        [=](const Pointers& p) {
+          return ResampleDownPixelNormParams{p[0],         p[1],        p[2],
+                                             p[3],         image.batch, image.channels,
+                                             image.height, image.width, image.channels_last,
+                                             image.dtype,  kEps};
+        },
+        GPU(cuda::launch_resample_down_pixel_norm), CPU(cpu::resample_down_pixel_norm), batch * half.height);
+    table.add(
+        "resample_down_pixel_norm_backward" + image.label(), {half.in(), half.in(), half.in(), rms, image.out()},
+        [=](const Pointers& p) {
+          return ResampleDownPixelNormBackwardParams{p[0],           p[1],
+                                                     p[2],           p[3],
+                                                     p[4],           image.batch,
+                                                     image.channels, image.height,
+                                                     image.width,    image.channels_last,
+                                                     image.dtype,    kEps};
+        },
+        GPU(cuda::launch_resample_down_pixel_norm_backward), CPU(cpu::resample_down_pixel_norm_backward),
+        batch * ((height + 1) / 2));
+  }
+}
+
+/// q, k and v of the attention layers: heads of 64 channels (small: of the third part of the channels).
+void qkv_norm(Table& table) {
+  for (Image image : table.images()) {
+    const int64_t heads = table.size == Size::kSmall ? 1 : image.channels / 64;
+    const int64_t head_dim = image.channels / heads;
+    const Image part = image;
+    image.channels *= 3;
+    table.add(
+        "qkv_norm" + image.label(), {image.in(), part.out(), part.out(), part.out()},
+        [=](const Pointers& p) {
+          return QKVNormParams{p[0], p[1], p[2], p[3], image.shape(), heads, head_dim, image.dtype, kEps};
+        },
+        GPU(cuda::launch_qkv_norm), CPU(cpu::qkv_norm), cpu::qkv_norm_items(image.shape(), heads));
+    table.add(
+        "qkv_norm_backward" + image.label(), {part.in(), part.in(), part.in(), image.in(), image.out()},
+        [=](const Pointers& p) {
+          return QKVNormBackwardParams{p[0], p[1], p[2], p[3], p[4], image.shape(), heads, head_dim, image.dtype, kEps};
+        },
+        GPU(cuda::launch_qkv_norm_backward), CPU(cpu::qkv_norm_backward), cpu::qkv_norm_items(image.shape(), heads));
+  }
+}
+
 }  // namespace
 
 std::vector<Case> all_cases(Size size) {
@@ -377,6 +457,9 @@ std::vector<Case> all_cases(Size size) {
   pixel_norm(table);
   ema_update(table);
   normalize_weight(table);
+  resample(table);
+  resample_down_pixel_norm(table);
+  qkv_norm(table);
   return std::move(table.cases);
 }
 

@@ -206,6 +206,23 @@ def test_the_mask_is_that_of_the_reference(library: Library, threshold: int, dty
     assert torch.equal(y != 0, reference.dropout_mask(x.shape, threshold, dropout.philox, 65535))
 
 
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("misaligned", range(3), ids=["x", "c", "y"])
+def test_one_misaligned_tensor(library: Library, misaligned: int, dtype: torch.dtype):
+    """Packs need every tensor aligned, in the layout whose channels would allow them."""
+    shape = (2, 24, 16)
+    x, c = emulated.random_tensor(*shape, dtype=dtype), emulated.random_tensor(2, 24, dtype=dtype, seed=1)
+    rounded, exact = reference.mp_silu_modulated(x, c), reference.mp_silu_modulated(x.double(), c.double())
+    for channels_last in (False, True):
+        offsets = [int(i == misaligned) for i in range(3)]
+        tensors = [emulated.to_memory(x, channels_last), c, x.numel()]
+        source, scale, y = (Guarded(t, dtype, offset) for t, offset in zip(tensors, offsets, strict=True))
+        library.call(
+            "mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *shape, channels_last, x.dtype, *NO_DROPOUT
+        )
+        emulated.assert_as_accurate(emulated.from_memory(y.tensor, shape, channels_last), rounded, exact, "y")
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_workspace_is_below_one_percent_of_the_traffic(library: Library, channels_last: bool):
     for shape in itertools.product([1, 32], [3, 64, 768], [1, 64, 144, 145, 256, 4096, 4097, 65536]):
