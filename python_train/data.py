@@ -250,7 +250,9 @@ class ImageArchive(Dataset):
         if self._zip is None or self._zip[0] != os.getpid():
             try:
                 self._zip = (os.getpid(), zipfile.ZipFile(self.archive))
-            except (zipfile.BadZipFile, OSError) as error:
+            except (
+                Exception
+            ) as error:  # of a damaged directory: struct.error, UnicodeDecodeError, NotImplementedError, ...
                 raise UserError(f"{self.archive} is neither a folder nor a readable ZIP file ({error})") from error
         return self._zip[1]
 
@@ -260,7 +262,9 @@ class ImageArchive(Dataset):
     def _bytes(self, name: str) -> bytes:
         try:
             return self._open_zip().read(name) if self.is_zip else (self.archive / name).read_bytes()
-        except (OSError, zipfile.BadZipFile, RuntimeError, KeyError) as error:
+        except (
+            Exception
+        ) as error:  # a damaged archive raises many kinds: zlib.error, EOFError, NotImplementedError, ...
             raise UserError(f"cannot read {self.archive}: {name} ({error})") from error
 
     def read(self, index: int) -> np.ndarray:
