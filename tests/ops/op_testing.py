@@ -84,7 +84,7 @@ def _run(
 def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor, units: float = 1) -> None:
     """Error against float64 at most twice that of plain torch in the same dtype, plus rounding units at max |truth|.
 
-    In float64, where the truth is plain torch itself, 16 units at 1 or more are added.
+    In float64, where the truth is plain torch itself, 16 times as many are added, at 1 or more.
     """
     assert got.shape == truth.shape
     if truth.numel() == 0:
@@ -92,7 +92,8 @@ def assert_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor, units: float
     plain_error = (same_dtype.double() - truth).abs().max().item()
     largest = truth.abs().max().item()
     eps = torch.finfo(got.dtype).eps
-    limit = 2 * plain_error + (16 * eps * max(largest, 1) if got.dtype == torch.float64 else units * eps * largest)
+    allowance = 16 * max(largest, 1) if got.dtype == torch.float64 else largest
+    limit = 2 * plain_error + units * eps * allowance
     error = (got.double() - truth).abs().max().item()
     assert error <= limit, f"error {error:.3e}, allowed {limit:.3e} (plain torch: {plain_error:.3e})"
 
