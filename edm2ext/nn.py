@@ -110,13 +110,16 @@ class PreparedWeights:
         """Make the effective weights of the present weights and gains; with `force`, of the weights force-normalised
         first, in place (2.6 step 2)."""
         weights = [layer.weight for layer in self.layers]
-        if force:
-            ops.force_normalize_(weights)
-        with torch.no_grad():
+        if self.effective is None:
             self.effective = [
-                ops.effective_weight(w, gain, dtype)
-                for w, gain, dtype in zip(weights, self.gains, self.dtypes, strict=True)
+                torch.empty_like(w, dtype=dtype, requires_grad=False, memory_format=self._format_of(w))
+                for w, dtype in zip(weights, self.dtypes, strict=True)
             ]
+        gains = [gain if isinstance(gain, Tensor) else None for gain in self.gains]
+        ops.prepare_weights(weights, gains, force=force, out=self.effective)
+
+    def _format_of(self, weight: Tensor) -> torch.memory_format:
+        return self.memory_format if weight.dim() == 4 else torch.contiguous_format
 
     def __enter__(self) -> "PreparedWeights":
         if self.effective is None:

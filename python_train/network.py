@@ -304,8 +304,10 @@ class Precond(torch.nn.Module):
         blocks = [block for block in self.unet.modules() if isinstance(block, Block)]
         gains: dict[Layer, Tensor] = {block.emb_linear: block.emb_gain for block in blocks}
         gains[self.unet.out_conv] = self.unet.out_gain
-        dtype = self._dtype_on(self.unet.out_gain.device)
-        return PreparedWeights(self, gains, dtype, gradients=gradients)
+        device = self.unet.out_gain.device
+        # A CPU's convolutions take contiguous weights as fast, and give gradients in the layout of the parameters.
+        layout = torch.contiguous_format if device.type == "cpu" else self.memory_format
+        return PreparedWeights(self, gains, self._dtype_on(device), memory_format=layout, gradients=gradients)
 
     def _check(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor | None:
         """Validate the call's shapes and return the labels the U-Net shall see."""

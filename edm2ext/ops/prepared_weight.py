@@ -36,7 +36,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, effective: Tensor) -> Tensor:
         ctx.like = w.dtype, reference.memory_format(w)
-        return effective.view_as(effective)
+        return effective.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,7 +49,7 @@ class _Prepared(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, gain: "Tensor | float", effective: Tensor) -> Tensor:
         ctx.save_for_backward(w, *([gain] if isinstance(gain, Tensor) else []))
         ctx.gain = None if isinstance(gain, Tensor) else float(gain)
-        return effective.view_as(effective)
+        return effective.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
