@@ -113,8 +113,10 @@ def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         inputs = [torch.randn(1 << 20).to(dtype) for _ in range(8)]
         coefs = torch.randn(8, 6, dtype=torch.float64).numpy()
-        name = f"accumulate_snapshots 8 → 6, 1 M {str(dtype).split('.')[1]}"
-        yield Case(name, forward(ops.accumulate_snapshots, inputs, coefs))
+        label = f"8 → 6, 1 M {str(dtype).split('.')[1]}"
+        yield Case(f"accumulate_snapshots {label}", forward(ops.accumulate_snapshots, inputs, coefs))
+        compensated = partial(ops.accumulate_snapshots, compensated=True)
+        yield Case(f"accumulate_snapshots, compensated {label}", forward(compensated, inputs, coefs))
 
 
 def all_cases(weights: list[Tensor]) -> Iterator[Case]:

@@ -324,7 +324,7 @@ def coefficients(coefs: object) -> Tensor:
 
 
 def snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None) -> None:
-    """N equal-shaped inputs, coefs [N, M], out [M, *] float32."""
+    """N equal-shaped inputs, coefs [N, M], out [M, *] float32; inputs on the CPU may go with an out on a GPU."""
     function = "accumulate_snapshots"
     if len(inputs) == 0:
         raise ValueError(f"{function}: inputs must not be empty")
@@ -343,7 +343,7 @@ def snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None) -> No
         shape = (coefs.shape[1], *first.shape)
         if out.dtype != torch.float32:
             raise TypeError(f"{function}: out must be float32, got {out.dtype}")
-        if out.shape != shape or out.device != first.device:
+        if out.shape != shape or (out.device != first.device and not (first.is_cpu and out.is_cuda)):
             raise ValueError(
                 f"{function}: out must be {list(shape)} on {first.device}, got {list(out.shape)} on {out.device}"
             )

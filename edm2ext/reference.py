@@ -313,10 +313,13 @@ def ema_update_(
 
 
 @torch.no_grad()
-def accumulate_snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None = None) -> Tensor:
+def accumulate_snapshots(
+    inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None = None, *, compensated: bool = False
+) -> Tensor:
     """out[m] += sum over n of coefs[n, m] * inputs[n], in float32 (5.4).
 
     inputs: N tensors [*] in float16, bfloat16 or float32; coefs [N, M]; out, if given, [M, *] float32, is added to.
+    With `compensated` the sum is taken in float64 and rounded once.
     """
     coefs = checks.coefficients(coefs)
     checks.snapshots(inputs, coefs, out)
@@ -327,11 +330,13 @@ def accumulate_snapshots(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | 
             dtype=torch.float32,
             device=inputs[0].device,
         )
-    coefs = coefs.to(out)
+    total = out.double() if compensated else out
+    coefs = coefs.to(total)
     for n, x in enumerate(inputs):
-        for m, total in enumerate(out.unbind()):
-            total.addcmul_(x.float(), coefs[n, m])
-    return out
+        x = x.to(total)
+        for m, row in enumerate(total.unbind()):
+            row.addcmul_(x, coefs[n, m])
+    return out.copy_(total) if compensated else out
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

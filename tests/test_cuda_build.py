@@ -30,6 +30,14 @@ REGISTERS = {
     "pixel_norm_backward_rows": 255,  # up to 24 packs of 4 registers are held
     "pixel_norm_backward_long_rows": 80,
     "pixel_norm_backward_planes": 80,
+    "mp_sum_elements": 40,
+    "mp_sum_backward_elements": 40,
+    "mp_sum_clipped_backward_elements": 40,
+    "mp_cat_units": 40,
+    "mp_cat_backward_units": 40,
+    "mp_fourier_elements": 32,
+    "mp_fourier_backward_x": 40,
+    "mp_fourier_backward_buffers": 48,
     "ema_update_chunks": 48,
     "normalize_weight_rows": 80,
     "normalize_weight_backward_rows": 128,
@@ -49,6 +57,7 @@ REGISTERS = {
     "qkv_norm_backward_rows": 80,
     "qkv_norm_backward_long_rows": 80,
     "qkv_norm_backward_planes": 96,
+    "accumulate_snapshots_tiles": 80,
 }
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [
@@ -62,6 +71,14 @@ OPS = [
     "mp_silu_modulated_backward",
     "mp_silu_modulated_dropout",
     "mp_silu_modulated_dropout_backward",
+    "mp_sum",
+    "mp_sum_backward",
+    "mp_cat",
+    "mp_cat_backward",
+    "mp_cat_silu",
+    "mp_cat_silu_backward",
+    "mp_fourier",
+    "mp_fourier_backward",
     "ema_update_",
     "normalize_weight",
     "normalize_weight_backward",
@@ -79,6 +96,7 @@ OPS = [
     "resample_down_pixel_norm_backward",
     "qkv_norm",
     "qkv_norm_backward",
+    "accumulate_snapshots_",
 ]
 
 

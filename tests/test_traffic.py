@@ -134,6 +134,32 @@ def test_workspace_and_second_launch():
     assert row == Traffic(2, 2 * size + 32 + sums, size + sums + 32, workspace=sums)
 
 
+@needs_kernels
+def test_sums_and_concatenations_read_and_write_once(x: Tensor):
+    a, b, grad = x.requires_grad_(), meta(2, 5, 4, 4).requires_grad_(), meta(2, 8, 4, 4)
+    both = 8 * X // 3
+    with edm2ext.set_backend("native"), counting() as counter:
+        outputs = [ops.mp_sum(a, a), ops.mp_sum(a, a, clip=256.0), ops.mp_cat(a, b), *ops.mp_cat(a, b, silu=True)]
+        torch.autograd.backward(outputs, [x.detach(), x.detach(), grad, grad, grad])
+    assert {key.op: row for key, row in counter.rows.items() if key.kind == "native"} == {
+        "mp_sum": Traffic(2, 4 * X, 2 * X),
+        "mp_sum_backward": Traffic(2, X + 3 * X, 4 * X),
+        "mp_cat": Traffic(1, both, both),
+        "mp_cat_backward": Traffic(1, both, both),
+        "mp_cat_silu": Traffic(1, both, 2 * both),
+        "mp_cat_silu_backward": Traffic(1, 3 * both, both),
+    }
+
+
+@needs_kernels
+def test_snapshots_are_read_once_whatever_the_outputs():
+    inputs, coefs = [meta(100), meta(100), meta(100, dtype=torch.float32)], torch.ones(3, 50)
+    with edm2ext.set_backend("native"), counting() as counter:
+        ops.accumulate_snapshots(inputs, coefs, meta(50, 100, dtype=torch.float32))
+    sums = 50 * 400
+    assert counted(counter) == {"accumulate_snapshots_": ("native", 1, 800 + sums, sums)}
+
+
 # ---- a step ----
 
 

@@ -2,13 +2,18 @@
 #include "cases.h"
 
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
 
+#include "edm2/accumulate_snapshots.h"
 #include "edm2/cosine_attention.h"
 #include "edm2/ema_update.h"
+#include "edm2/mp_cat.h"
+#include "edm2/mp_fourier.h"
 #include "edm2/mp_silu.h"
+#include "edm2/mp_sum.h"
 #include "edm2/normalize_weight.h"
 #include "edm2/pixel_norm.h"
 #include "edm2/resample.h"
@@ -163,6 +168,126 @@ void mp_silu_modulated(Table& table) {
         },
         GPU(cuda::launch_mp_silu_modulated_backward), CPU(cpu::mp_silu_modulated_backward),
         cpu::mp_silu_modulated_backward_items(image.shape()));
+  }
+}
+
+void mp_sum(Table& table) {
+  for (const Image& image : table.images()) {
+    if (!image.channels_last) continue;  // the layout is the same to it
+    const auto [numel, dtype] = std::pair(image.numel(), image.dtype);
+    for (const double clip : {std::numeric_limits<double>::infinity(), 1.0}) {
+      const std::string label = (clip == 1.0 ? " clipped" : "") + image.label();
+      table.add(
+          "mp_sum" + label, {image.in(), image.in(), image.out()},
+          [=](const Pointers& p) { return MPSumParams{p[0], p[1], p[2], numel, dtype, 0.92, 0.39, clip}; },
+          GPU(cuda::launch_mp_sum), CPU(cpu::mp_sum), numel);
+      table.add(
+          "mp_sum_backward" + label, {image.in(), image.in(), image.in(), image.out(), image.out()},
+          [=](const Pointers& p) {
+            return MPSumBackwardParams{p[0], p[1], p[2], p[3], p[4], numel, dtype, 0.92, 0.39, clip};
+          },
+          GPU(cuda::launch_mp_sum_backward), CPU(cpu::mp_sum_backward), numel);
+    }
+  }
+}
+
+/// Two thirds of the channels come from a.
+void mp_cat(Table& table) {
+  for (const Image& image : table.images()) {
+    const int64_t channels_a = image.channels / 3 * 2;
+    const int64_t channel_size = image.channels_last ? 1 : image.height * image.width;
+    const int64_t rows = image.numel() / (image.channels * channel_size);
+    const int64_t size_a = channels_a * channel_size;
+    const int64_t size_b = image.channels * channel_size - size_a;
+    const auto dtype = image.dtype;
+    for (const bool silu : {false, true}) {
+      const std::string label = (silu ? "_silu" : "");
+      std::vector<Buffer> forward{{rows * size_a, dtype, true}, {rows * size_b, dtype, true}, image.out()};
+      std::vector<Buffer> backward{image.in(), {rows * size_a, dtype, false}, {rows * size_b, dtype, false}};
+      if (silu) {
+        forward.push_back(image.out());
+        backward.push_back(image.in());
+        backward.push_back(image.in());
+      }
+      table.add(
+          "mp_cat" + label + image.label(), forward,
+          [=](const Pointers& p) {
+            return MPCatParams{p[0], p[1], p[2], silu ? p[3] : nullptr, rows, size_a, size_b, dtype, 0.9, 1.2};
+          },
+          GPU(cuda::launch_mp_cat), CPU(cpu::mp_cat), image.numel());
+      table.add(
+          "mp_cat" + label + "_backward" + image.label(), backward,
+          [=](const Pointers& p) {
+            return MPCatBackwardParams{
+                p[0], silu ? p[3] : nullptr, silu ? p[4] : nullptr, p[1], p[2], rows, size_a, size_b, dtype, 0.9, 1.2};
+          },
+          GPU(cuda::launch_mp_cat_backward), CPU(cpu::mp_cat_backward), image.numel());
+    }
+  }
+}
+
+void mp_fourier(Table& table) {
+  const int64_t batch = table.size == Size::kSmall ? 9 : 256;
+  const int64_t channels = table.size == Size::kSmall ? 35 : 192;
+  for (const DType dtype : table.dtypes()) {
+    const std::string label = " " + std::to_string(batch) + "x" + std::to_string(channels) + " " + name_of(dtype);
+    const Buffer x{batch, dtype, true};
+    const Buffer buffer{channels, DType::kFloat32, true};
+    const Buffer grad_x{batch, dtype, false};
+    const Buffer grad_buffer{channels, DType::kFloat32, false};
+    table.add(
+        "mp_fourier" + label, {x, buffer, buffer, {batch * channels, dtype, false}},
+        [=](const Pointers& p) { return MPFourierParams{p[0], p[1], p[2], p[3], batch, channels, dtype}; },
+        GPU(cuda::launch_mp_fourier), CPU(cpu::mp_fourier), batch);
+    table.add(
+        "mp_fourier_backward" + label,
+        {{batch * channels, dtype, true}, x, buffer, buffer, grad_x, grad_buffer, grad_buffer},
+        [=](const Pointers& p) {
+          return MPFourierBackwardParams{p[0], p[1], p[2], p[3], p[4], p[5], p[6], batch, channels, dtype};
+        },
+        GPU(cuda::launch_mp_fourier_backward), CPU([](const MPFourierBackwardParams& params, int64_t, int64_t) {
+          cpu::mp_fourier_backward_x(params, 0, params.batch);
+          cpu::mp_fourier_backward_buffers(params, 0, params.channels);
+        }),
+        0);
+  }
+}
+
+void accumulate_snapshots(Table& table) {
+  struct Shape {
+    int64_t inputs;
+    int64_t outputs;
+  };
+  const int64_t numel = table.size == Size::kSmall ? 1037 : table.size == Size::kCPU ? 1 << 16 : 1 << 24;
+  for (const auto& [num_inputs, num_outputs] : {Shape{1, 12}, Shape{8, 6}, Shape{40, 20}}) {
+    for (const bool compensated : {false, true}) {
+      // What the parameters point to stays where it is for as long as the case lives.
+      struct Lists {
+        std::vector<SnapshotInput> inputs;
+        std::vector<double> coefs;
+      };
+      const auto lists = std::make_shared<Lists>();
+      for (int64_t i = 0; i < num_inputs * num_outputs; ++i) lists->coefs.push_back(0.1 * static_cast<double>(i % 7));
+      std::vector<Buffer> buffers(static_cast<size_t>(num_inputs), {numel, DType::kFloat16, true});
+      buffers.push_back({num_outputs * numel, DType::kFloat32, true});
+      table.add(
+          "accumulate_snapshots " + std::to_string(num_inputs) + " -> " + std::to_string(num_outputs) +
+              (compensated ? " compensated" : ""),
+          buffers,
+          [=, num_inputs = num_inputs, num_outputs = num_outputs](const Pointers& p) {
+            lists->inputs.clear();
+            for (size_t n = 0; n + 1 < p.size(); ++n) lists->inputs.push_back({p[n], DType::kFloat16});
+            return AccumulateSnapshotsParams{static_cast<float*>(p.back()),
+                                             lists->inputs.data(),
+                                             lists->coefs.data(),
+                                             num_inputs,
+                                             num_outputs,
+                                             numel,
+                                             numel,
+                                             compensated};
+          },
+          GPU(cuda::launch_accumulate_snapshots), CPU(cpu::accumulate_snapshots), numel);
+    }
   }
 }
 
@@ -454,9 +579,13 @@ std::vector<Case> all_cases(Size size) {
   Table table{size, {}};
   mp_silu(table);
   mp_silu_modulated(table);
+  mp_sum(table);
+  mp_cat(table);
+  mp_fourier(table);
   pixel_norm(table);
   ema_update(table);
   normalize_weight(table);
+  accumulate_snapshots(table);
   resample(table);
   resample_down_pixel_norm(table);
   qkv_norm(table);

@@ -34,31 +34,65 @@ void add(const float (&block)[kInputs][kBlock], const float (&coef)[kInputs], fl
   }
 }
 
+template <class T>
+void add_wide(const T* __restrict input, double coef, double* __restrict total, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) total[i] += coef * static_cast<double>(widen(input[i]));
+}
+
+/// Every output over all inputs in fp64, rounded once.
+void accumulate_compensated(const AccumulateSnapshotsParams& p, int64_t at, int64_t size) {
+  alignas(64) double total[kBlock];
+  for (int64_t m = 0; m < p.num_outputs; ++m) {
+    float* out = p.out + m * p.row_stride + at;
+    for (int64_t i = 0; i < size; ++i) total[i] = out[i];
+    for (int64_t n = 0; n < p.num_inputs; ++n) {
+      const double coef = p.coefs[n * p.num_outputs + m];
+      if (p.inputs[n].dtype == DType::kFloat32) {
+        add_wide(as<float>(p.inputs[n].data) + at, coef, total, size);
+      } else if (p.inputs[n].dtype == DType::kFloat16) {
+        add_wide(as<Float16>(p.inputs[n].data) + at, coef, total, size);
+      } else {
+        add_wide(as<BFloat16>(p.inputs[n].data) + at, coef, total, size);
+      }
+    }
+    for (int64_t i = 0; i < size; ++i) out[i] = static_cast<float>(total[i]);
+  }
+}
+
+void accumulate(const AccumulateSnapshotsParams& p, int64_t at, int64_t size) {
+  alignas(64) float block[kInputs][kBlock];
+  for (int64_t first = 0; first < p.num_inputs; first += kInputs) {
+    const int64_t count = min(kInputs, p.num_inputs - first);
+    for (int64_t n = 0; n < count; ++n) load(p.inputs[first + n], at, block[n], size);
+    for (int64_t m = 0; m < p.num_outputs; ++m) {
+      float* out = p.out + m * p.row_stride + at;
+      if (count == kInputs) {
+        float coef[kInputs];
+        for (int64_t n = 0; n < kInputs; ++n) {
+          coef[n] = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
+        }
+        add(block, coef, out, size);
+      } else {
+        for (int64_t n = 0; n < count; ++n) {
+          const float coef = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
+#pragma omp simd
+          for (int64_t i = 0; i < size; ++i) out[i] += coef * block[n][i];
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void accumulate_snapshots(const AccumulateSnapshotsParams& p, int64_t begin, int64_t end) {
-  alignas(64) float block[kInputs][kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t size = min(kBlock, end - at);
-    for (int64_t first = 0; first < p.num_inputs; first += kInputs) {
-      const int64_t count = min(kInputs, p.num_inputs - first);
-      for (int64_t n = 0; n < count; ++n) load(p.inputs[first + n], at, block[n], size);
-      for (int64_t m = 0; m < p.num_outputs; ++m) {
-        float* out = p.out + m * p.numel + at;
-        if (count == kInputs) {
-          float coef[kInputs];
-          for (int64_t n = 0; n < kInputs; ++n) {
-            coef[n] = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
-          }
-          add(block, coef, out, size);
-        } else {
-          for (int64_t n = 0; n < count; ++n) {
-            const float coef = static_cast<float>(p.coefs[(first + n) * p.num_outputs + m]);
-#pragma omp simd
-            for (int64_t i = 0; i < size; ++i) out[i] += coef * block[n][i];
-          }
-        }
-      }
+    if (p.compensated) {
+      accumulate_compensated(p, at, size);
+    } else {
+      accumulate(p, at, size);
     }
   }
 }

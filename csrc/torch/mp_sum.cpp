@@ -1,32 +1,17 @@
-#include "edm2/mp_sum.h"
+#include "mp_sum.h"
 
-#include <cmath>
-#include <tuple>
-
-#include "common.h"
+#include <optional>
 
 namespace edm2::torch_ops {
 namespace {
-
-/// Eq. 88: the weights of a and b.
-std::tuple<double, double> weights_of(double t) {
-  const double k = std::sqrt((1 - t) * (1 - t) + t * t);
-  return {(1 - t) / k, t / k};
-}
-
-void check_clip(double clip, const char* op) { EDM2_CHECK(clip >= 0, op, "clip", "expected at least 0, got ", clip); }
 
 Tensor mp_sum(const Tensor& a_, const Tensor& b_, double t, double clip) {
   const char* op = "mp_sum";
   const View a = dense(a_);
   const View b = dense(b_, a.format);
-  check_like(a, b, op, "b");
-  check_clip(clip, op);
   const DType dtype = cpu_dtype_of(a, op, "a");
-  const auto [weight_a, weight_b] = weights_of(t);
   const Tensor y = empty_like(a);
-  const MPSumParams params{a.data(), b.data(), y.mutable_data_ptr(), a.numel, dtype, weight_a, weight_b, clip};
-  run_cpu(cpu::mp_sum, params, a.numel, a.numel);
+  run_cpu(cpu::mp_sum, sum_params(a, b, y, t, clip, dtype, op), a.numel, a.numel);
   return y;
 }
 
@@ -35,27 +20,13 @@ std::tuple<Tensor, Tensor> mp_sum_backward(const Tensor& grad, const Tensor& a_,
   const char* op = "mp_sum_backward";
   const View a = dense(a_);
   const View grad_y = gradient(grad, a, op, "grad");
-  check_clip(clip, op);
-  const auto [weight_a, weight_b] = weights_of(t);
+  std::optional<View> b;
+  if (!std::isinf(clip)) b = gradient(b_, a, op, "b");
+  const DType dtype = cpu_dtype_of(a, op, "a");
   const Tensor grad_a = empty_like(a);
   const Tensor grad_b = empty_like(a);
-  MPSumBackwardParams params{};
-  params.grad_y = grad_y.data();
-  params.grad_a = grad_a.mutable_data_ptr();
-  params.grad_b = grad_b.mutable_data_ptr();
-  params.numel = a.numel;
-  params.dtype = cpu_dtype_of(a, op, "a");
-  params.weight_a = weight_a;
-  params.weight_b = weight_b;
-  params.clip = clip;
-  if (std::isinf(clip)) {
-    run_cpu(cpu::mp_sum_backward, params, a.numel, a.numel);
-  } else {
-    const View b = gradient(b_, a, op, "b");
-    params.a = a.data();
-    params.b = b.data();
-    run_cpu(cpu::mp_sum_backward, params, a.numel, a.numel);
-  }
+  run_cpu(cpu::mp_sum_backward, sum_backward_params(grad_y, a, b ? &*b : nullptr, grad_a, grad_b, t, clip, dtype, op),
+          a.numel, a.numel);
   return {grad_a, grad_b};
 }
 

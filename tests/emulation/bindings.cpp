@@ -15,10 +15,14 @@
 #define EDM2_CUDA_TOOLKIT 0
 #define EDM2_CUDA_ARCHITECTURES ""
 
+#include "torch/accumulate_snapshots_cuda.cpp"
 #include "torch/cosine_attention_cuda.cpp"
 #include "torch/ema_update_cuda.cpp"
 #include "torch/library.cpp"
+#include "torch/mp_cat_cuda.cpp"
+#include "torch/mp_fourier_cuda.cpp"
 #include "torch/mp_silu_cuda.cpp"
+#include "torch/mp_sum_cuda.cpp"
 #include "torch/normalize_weight_cuda.cpp"
 #include "torch/pixel_norm_cuda.cpp"
 #include "torch/resample_cuda.cpp"

@@ -1,5 +1,6 @@
 """The CUDA half of the torch layer, registered for CPU tensors on emulated kernels: layouts, gradients, errors."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ EPS = 1e-4
 @pytest.fixture(scope="module")
 def ops() -> SimpleNamespace:
     """torch.ops.edm2_emulated. Loaded once per process: a library cannot be registered twice."""
-    names = ("pixel_norm", "mp_silu", "ema_update", "normalize_weight", "resample", "resample_down_pixel_norm")
-    torch.ops.load_library(emulated.build("bindings", *names, "cosine_attention"))
+    kernels = ["pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm"]
+    kernels += ["cosine_attention", "ema_update", "normalize_weight", "accumulate_snapshots"]
+    torch.ops.load_library(emulated.build("bindings", *kernels))
     return torch.ops.edm2_emulated
 
 
@@ -59,9 +61,9 @@ def check(
         torch.testing.assert_close(out.double(), truth.detach(), rtol=1e-4, atol=1e-5)
         assert out.is_contiguous(memory_format=kept)
     if grad_layout == "expanded":
-        grads = [torch.full((1,) * x.dim(), 0.5 + i).expand(x.shape) for i in range(len(outputs))]
+        grads = [torch.full((1,) * x.dim(), 0.5 + i).expand(out.shape) for i, out in enumerate(outputs)]
     else:
-        grads = [LAYOUTS[grad_layout](emulated.random_tensor(*x.shape, dtype=x.dtype)) for _ in outputs]
+        grads = [LAYOUTS[grad_layout](emulated.random_tensor(*out.shape, dtype=x.dtype)) for out in outputs]
     found = backward(*grads, x, *inputs[1:])
     found = [found] if isinstance(found, Tensor) else list(found)
     truths = torch.autograd.grad(expected, leaves, [g.double() for g in grads])
@@ -143,6 +145,106 @@ def test_modulated_without_pixels(ops: SimpleNamespace):
     x, c = torch.ones(2, 3, 0), torch.ones(2, 3)
     assert ops.mp_silu_modulated(x, c).shape == x.shape
     assert torch.equal(ops.mp_silu_modulated_backward(x, x, c)[1], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mp_sum(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    inputs = [emulated.random_tensor(*shape, dtype=torch.float32, seed=i) for i in range(2)]
+    for clip in (math.inf, 0.9):
+        check(
+            lambda a, b: ops.mp_sum(a, b, 0.3, clip),  # noqa: B023
+            lambda g, a, b: ops.mp_sum_backward(g, a, b, 0.3, clip),  # noqa: B023
+            lambda a, b: reference.mp_sum(a, b, 0.3, None if clip == math.inf else clip),  # noqa: B023
+            inputs,
+            layout,
+            grad_layout,
+        )
+
+
+def test_mp_sum_of_any_dimension(ops: SimpleNamespace):
+    for shape in ((), (7,), (2, 3, 4, 5, 2, 2)):
+        a, b = torch.randn(shape), torch.randn(shape)
+        torch.testing.assert_close(ops.mp_sum(a, b, 0.3, 1.0), reference.mp_sum(a, b, 0.3, 1.0))
+
+
+def test_mp_sum_backward_without_clipping_ignores_the_inputs(ops: SimpleNamespace):
+    grad, x = torch.ones(2, 3), torch.full((2, 3), math.nan)
+    for grad_x in ops.mp_sum_backward(grad, x, x, 0.5, math.inf):
+        torch.testing.assert_close(grad_x, grad / math.sqrt(2))
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mp_cat(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
+    a = emulated.random_tensor(*shape, dtype=torch.float32)
+    for channels_b in (shape[1], 5):
+        b = emulated.random_tensor(shape[0], channels_b, *shape[2:], dtype=torch.float32, seed=1)
+        check(
+            lambda a, b: ops.mp_cat(a, b, 0.3),
+            lambda g, a, b: ops.mp_cat_backward(g, a.shape[1], 0.3),
+            lambda a, b: reference.mp_cat(a, b, 0.3),
+            [a, b],
+            layout,
+            layout,  # the gradients have the format of the gradient
+        )
+        check(
+            lambda a, b: ops.mp_cat_silu(a, b, 0.3),
+            lambda g, s, a, b: ops.mp_cat_silu_backward(g, s, ops.mp_cat(a, b, 0.3), a.shape[1], 0.3),
+            lambda a, b: reference.mp_cat(a, b, 0.3, silu=True),
+            [a, b],
+            layout,
+            grad_layout,
+        )
+
+
+def test_mp_cat_backward_of_an_expanded_gradient(ops: SimpleNamespace):
+    grad = torch.ones(1, 1, 1).expand(2, 5, 3)
+    for grad_x, scale in zip(ops.mp_cat_backward(grad, 2, 0.5), reference.cat_scales(2, 3, 0.5), strict=True):
+        torch.testing.assert_close(grad_x, torch.full_like(grad_x, scale))
+
+
+@pytest.mark.parametrize("grad_layout", ["contiguous", "expanded", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "misaligned"])
+@pytest.mark.parametrize(("batch", "channels"), [(4, 9), (1, 40), (0, 3), (3, 0)])
+def test_mp_fourier(ops: SimpleNamespace, batch: int, channels: int, layout: str, grad_layout: str):
+    x, freqs, phases = (emulated.random_tensor(n, dtype=torch.float32, seed=n) for n in (batch, channels, channels))
+    leaves = [t.double().requires_grad_() for t in (x, freqs, phases)]
+    expected = reference.mp_fourier(*leaves)
+    inputs = [LAYOUTS[layout](t) for t in (x, freqs, phases)]
+    y = ops.mp_fourier(*inputs)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    if grad_layout == "expanded":
+        grad = torch.full((1, 1), 0.5).expand(batch, channels)
+    else:
+        grad = LAYOUTS[grad_layout](emulated.random_tensor(batch, channels, dtype=torch.float32))
+    found = ops.mp_fourier_backward(grad, *inputs)
+    for got, truth in zip(found, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_mp_fourier_buffers_of_another_dtype(ops: SimpleNamespace):
+    """Snapshots hold them in fp16; computed with in fp32, their gradients come back in fp16."""
+    x, freqs, phases = torch.randn(3), torch.randn(4).half(), torch.randn(4).half()
+    torch.testing.assert_close(ops.mp_fourier(x, freqs, phases), reference.mp_fourier(x, freqs, phases))
+    grads = ops.mp_fourier_backward(torch.ones(3, 4), x, freqs, phases)
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float16, torch.float16]
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_accumulate_snapshots(ops: SimpleNamespace, compensated: bool):
+    x = emulated.random_tensor(4, 6, dtype=torch.float32)
+    inputs = [x, x.half() + 1, _strided(x + 2), x.bfloat16().t().contiguous().t()]
+    coefs = emulated.random_tensor(3, 4, dtype=torch.float64, seed=1).t()
+    start = emulated.random_tensor(3, 4, 6, dtype=torch.float32, seed=2)
+    expected = reference.accumulate_snapshots(inputs, coefs, start.clone())
+    for out in (start.clone(), torch.cat([start, start], dim=2)[..., :6], torch.cat([start, start], dim=1)[:, :4]):
+        ops.accumulate_snapshots_(out, inputs, coefs, compensated)
+        torch.testing.assert_close(out, expected)
+    scalars = [torch.tensor(2.0), torch.tensor(3.0)]
+    out = torch.zeros(1)
+    ops.accumulate_snapshots_(out, scalars, torch.tensor([[1.0], [-1.0]], dtype=torch.float64), compensated)
+    assert torch.equal(out, torch.tensor([-1.0]))
 
 
 def test_two_dimensions(ops: SimpleNamespace):
@@ -300,6 +402,12 @@ def test_double_is_refused(ops: SimpleNamespace):
         lambda: ops.resample_up(x[None], [1.0, 1.0]),
         lambda: ops.qkv_norm(x, 1, EPS),
         lambda: ops.resample_down_pixel_norm(x[None], EPS),
+        lambda: ops.mp_sum(x, x, 0.5, 1.0),
+        lambda: ops.mp_sum_backward(x, x, x, 0.5, 1.0),
+        lambda: ops.mp_cat(x, x, 0.5),
+        lambda: ops.mp_cat_silu_backward(x, x, x, 1, 0.5),
+        lambda: ops.mp_fourier(x[0, 0], x[0, 0], x[0, 0]),
+        lambda: ops.mp_fourier_backward(x[0, :, :3], x[0, :, 0], x[0, :, 0], x[0, :, 0]),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -316,6 +424,8 @@ def test_double_is_refused(ops: SimpleNamespace):
             call()
     with pytest.raises(RuntimeError, match="ema_update_: params: expected float32 on a GPU, got Double"):
         ops.ema_update_([x], [x], [0.5])
+    with pytest.raises(RuntimeError, match="inputs: expected float16, bfloat16 or float32, got Double"):
+        ops.accumulate_snapshots_(torch.zeros(1, 2, 3, 4), [x], x[0, :1, :1], False)
 
 
 def test_errors_name_op_and_argument(ops: SimpleNamespace):
@@ -364,6 +474,22 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
             [c], [None], EPS, True, [torch.ones(3, 2).t()]
         ),
         "ema_update_: emas: expected shape": lambda: ops.ema_update_([c], [x], [0.5]),
+        "mp_sum: b: expected dtype Float, got Half": lambda: ops.mp_sum(x, x.half(), 0.5, 1.0),
+        "mp_sum: clip: expected at least 0, got -1": lambda: ops.mp_sum(x, x, 0.5, -1.0),
+        "mp_sum_backward: b: expected shape": lambda: ops.mp_sum_backward(x, x, x[:1], 0.5, 1.0),
+        "mp_cat: b: expected the shape of a but for dimension 1": lambda: ops.mp_cat(x, x[:1], 0.5),
+        "mp_cat_backward: channels_a: expected 1 to 2, got 3": lambda: ops.mp_cat_backward(x, 3, 0.5),
+        "mp_cat_silu_backward: grad_silu: expected dtype": lambda: ops.mp_cat_silu_backward(x, x.half(), x, 1, 0.5),
+        r"mp_fourier: x: expected one dimension, got shape \[2, 3\]": lambda: ops.mp_fourier(c, c[0], c[0]),
+        r"mp_fourier_backward: grad: expected shape \[2, 3\]": lambda: ops.mp_fourier_backward(
+            c.t(), c[:, 0], c[0], c[0]
+        ),
+        r"accumulate_snapshots_: coefs: expected float64 of shape \[1, 2\]": lambda: ops.accumulate_snapshots_(
+            c, [c[0]], c.double(), False
+        ),
+        r"accumulate_snapshots_: inputs: expected shape \[3\]": lambda: ops.accumulate_snapshots_(
+            c, [c[0, :2]], c[:1, :2].double(), False
+        ),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call()

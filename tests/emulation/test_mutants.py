@@ -10,7 +10,9 @@ from pathlib import Path
 import emulated
 import mutate
 import pytest
+import test_emulated_accumulate_snapshots
 import test_emulated_cosine_attention
+import test_emulated_mp_fourier
 import test_emulated_mp_silu
 import test_emulated_normalize_weight
 import test_emulated_pixel_norm
@@ -67,6 +69,16 @@ def check_normalize_weight(library: Library) -> None:
     test_emulated_normalize_weight.check_backward(library, cases, torch.float32, torch.float32)
 
 
+def check_mp_fourier(library: Library) -> None:
+    for batch, channels in ((8, 33), (2, 2100)):
+        test_emulated_mp_fourier.check(library, batch, channels, torch.float32)
+
+
+def check_accumulate_snapshots(library: Library) -> None:
+    for inputs, outputs, numel in ((33, 2, 300), (33, 2, 70 * 256)):
+        test_emulated_accumulate_snapshots.check(library, [torch.float16] * inputs, outputs, numel)
+
+
 def check_cosine_attention(library: Library) -> None:
     for case in test_emulated_cosine_attention.CASES:
         if "nchw" in case.layouts:
@@ -80,6 +92,8 @@ CHECKS = {
     "normalize_weight.cuh": (check_normalize_weight, "normalize_weight"),
     "rows.cuh": (check_normalize_weight, "normalize_weight"),
     "cosine_attention.cuh": (check_cosine_attention, "cosine_attention"),
+    "mp_fourier.cuh": (check_mp_fourier, "mp_fourier"),
+    "accumulate_snapshots.cuh": (check_accumulate_snapshots, "accumulate_snapshots"),
 }
 
 
@@ -207,16 +221,35 @@ FAULTS = [
     ("cosine_attention.cu", "head_dim % N == 0 && all_aligned(grads", "all_aligned(grads"),
     ("cosine_attention.cu", "packs && pixels % N == 0", "packs"),
     ("cosine_attention.cu", "packs && head_dim <= kWarpSize * N", "packs"),
+    ("mp_sum.cuh", "y >= -clip && y <= clip", "y > -clip && y < clip"),
+    ("mp_sum.cuh", "y >= -clip && y <= clip ? g : 0.0f", "y >= -clip && y <= clip ? g : 0.0f * g"),
+    ("mp_sum.cuh", "elements_to_boundary(numel, grad_y, a, b, grad_a, grad_b)", "elements_to_boundary(numel, grad_y)"),
+    ("mp_sum.cu", "std::isinf(params.clip)", "false"),
+    ("mp_cat.cuh", "row_ += step_rows_;", "row_ += step_rows_ + 1;"),
+    ("mp_cat.cuh", "(row_ + 1) * size_a_", "row_ * size_a_"),
+    ("mp_cat.cuh", "rounded<T>(load<N>(part + walk.unit_of_part() * N) * weight)", "load<N>(part) * weight"),
+    ("mp_cat.cu", "size_b % kPack<T> == 0 && ", ""),
+    ("mp_cat.cu", "all_aligned(pointers...)", "(all_aligned(pointers...) || true)"),
+    ("mp_fourier.cuh", "kLimit = 0x1p48", "kLimit = 0x1p500"),
+    (
+        "mp_fourier.cuh",
+        "::fma(-k, 6.12323399573676604e-17, ::fma(-k, 1.57079632679489656, angle))",
+        "angle - k * 1.57079633",
+    ),
+    ("mp_fourier.cuh", " + static_cast<float>(given - given)", ""),
+    ("mp_fourier.cuh", "threadIdx.y == 0 && channel < channels", "threadIdx.y == 0"),
+    ("accumulate_snapshots.cuh", " && reinterpret_cast<uintptr_t>(source) % sizeof(elements) == 0", ""),
+    ("accumulate_snapshots.cuh", "(value.v[i] - (sum - added)) + (product - added)", "product - added"),
+    ("accumulate_snapshots.cuh", "fmaf(coef[1], x.v[i], fmaf(coef[0], x.v[i], -product))", "coef[1] * x.v[i]"),
+    ("accumulate_snapshots.cuh", "sum - sum == 0.0f ? sum + lost : sum", "sum + lost"),
+    ("accumulate_snapshots.cuh", "first += rows * kOutputs", "first += kOutputs"),
+    ("accumulate_snapshots.cuh", "m * table.row_stride", "m * table.numel"),
+    ("accumulate_snapshots.cu", "params.coefs[n * params.num_outputs + m]", "params.coefs[m * params.num_inputs + n]"),
+    ("accumulate_snapshots.cu", "params.out + part.first_output * params.row_stride", "params.out"),
+    ("accumulate_snapshots.cu", "Large::kCoefs / (kParts * part.num_inputs)", "Large::kCoefs / part.num_inputs"),
 ]
-_OPS = (
-    "pixel_norm",
-    "mp_silu",
-    "ema_update",
-    "normalize_weight",
-    "resample",
-    "resample_down_pixel_norm",
-    "cosine_attention",
-)
+_OPS = ("pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm")
+_OPS += ("cosine_attention", "ema_update", "normalize_weight", "accumulate_snapshots")
 # Whose tests run: those of all ops, unless the file is an op's own or listed here.
 _USERS = {**{name: (name,) for name in _OPS}, "rows": ("normalize_weight",)}
 

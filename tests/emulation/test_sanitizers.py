@@ -8,21 +8,9 @@ from pathlib import Path
 import emulated
 import pytest
 
-FILES = [
-    "test_emulator.py",
-    *(
-        f"test_emulated_{name}.py"
-        for name in (
-            "pixel_norm",
-            "mp_silu",
-            "ema_update",
-            "normalize_weight",
-            "resample",
-            "cosine_attention",
-            "resample_down_pixel_norm",
-        )
-    ),
-]
+KERNELS = ["pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm"]
+KERNELS += ["cosine_attention", "ema_update", "normalize_weight", "accumulate_snapshots"]
+FILES = ["test_emulator.py", *(f"test_emulated_{name}.py" for name in KERNELS)]
 
 
 def run_sanitized(*arguments: str) -> "subprocess.CompletedProcess[str]":

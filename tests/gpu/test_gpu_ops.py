@@ -1,6 +1,8 @@
 """Every op that has a CUDA kernel, on a GPU: accuracy, layouts, streams, graphs, devices, size."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -305,6 +307,91 @@ def test_qkv_norm(heads: int, shape: tuple[int, ...], dtype: torch.dtype, layout
     assert_accurate(found, truths[dtype], truths[torch.float64])
 
 
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sum_and_cat_match_reference(shape: tuple[int, ...], dtype: torch.dtype, layout: str, grad_layout: str):
+    a, b = (randn(*shape, seed=i).to(dtype) for i in range(2))
+    near = (reference.mp_sum(a.double(), b.double(), 0.3).abs() - 0.9).abs() < 0.02  # where rounding would decide
+    a, b = (LAYOUTS[layout](x.masked_fill(near, 0)) for x in (a, b))
+    grads = gradients(a, grad_layout)
+    for clip in (None, 0.9):
+        sums = [partial(module.mp_sum, t=0.3, clip=clip) for module in (ops, reference)]
+        compare(*sums, [a, b], grads, {"mp_sum", "mp_sum_backward"})
+    for other in (b, LAYOUTS[layout](randn(shape[0], 5, *shape[2:], seed=2).to(dtype))):
+        grads = gradients(torch.cat([a, other], dim=1), grad_layout)
+        cats = [partial(module.mp_cat, t=0.3) for module in (ops, reference)]
+        compare(*cats, [a, other], grads, {"mp_cat", "mp_cat_backward"})
+        cats = [partial(module.mp_cat, t=0.3, silu=True) for module in (ops, reference)]
+        compare(*cats, [a, other], grads, {"mp_cat_silu", "mp_cat_silu_backward"})
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "channels"), [(1, 1), (32, 192), (3, 33), (300, 5), (2, 5000)])
+def test_mp_fourier(batch: int, channels: int, dtype: torch.dtype, bandwidth: float):
+    inputs = [randn(batch).to(dtype), 6 * bandwidth * randn(channels, seed=1), 6 * randn(channels, seed=2)]
+    grad = randn(batch, channels, seed=3).to(dtype)
+    with NativeCalls() as seen:
+        got = run(ops.mp_fourier, inputs, [grad])
+    assert set(seen.names) == {"edm2::mp_fourier", "edm2::mp_fourier_backward"}
+    rounded = run(reference.mp_fourier, inputs, [grad])
+    exact = run(reference.mp_fourier, [x.double() for x in inputs], [grad.double()])
+    for out, low, high in zip(got, rounded, exact, strict=True):
+        assert_accurate(out, low, high)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "shape"),
+    [(1, 30, (3, 5, 7)), (8, 6, (1 << 16,)), (81, 3, (1001,)), (2, 8000, (33,)), (40, 40, (129, 3)), (3, 2, ())],
+)
+def test_accumulate_snapshots(inputs: int, outputs: int, shape: tuple[int, ...], compensated: bool):
+    snapshots = [randn(*shape, seed=i).to(DTYPES[i % 3]) for i in range(inputs)]
+    coefs = torch.randn(inputs, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    start = randn(outputs, *shape, seed=1000)
+    exact = start.double() + torch.tensordot(coefs.T.cuda(), torch.stack([x.double() for x in snapshots]), dims=1)
+    plain = reference.accumulate_snapshots(snapshots, coefs, start.clone(), compensated=compensated)
+    with NativeCalls() as seen:
+        assert_accurate(
+            ops.accumulate_snapshots(snapshots, coefs, start.clone(), compensated=compensated), plain, exact
+        )
+        strided = torch.stack([start, start], dim=-1)[..., 0]
+        assert_accurate(ops.accumulate_snapshots(snapshots, coefs, strided, compensated=compensated), plain, exact)
+    assert seen.names.count("edm2::accumulate_snapshots_") == 2
+
+
+def test_compensated_sums_are_rounded_once():
+    snapshots = [randn(100_000, seed=i).half() for i in range(20)]
+    coefs = 300 * torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    coefs[-1] -= coefs.sum(dim=0)
+    exact = coefs.T.cuda() @ torch.stack([x.double() for x in snapshots])
+    out = ops.accumulate_snapshots(snapshots, coefs, compensated=True)
+    assert ((out.double() - exact).abs() <= 2**-23 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("buffer_bytes", [100, 1 << 20, 1 << 30])
+def test_snapshots_stream_from_the_host(buffer_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    """Many pieces, on a stream that is still busy with what `out` starts from."""
+    monkeypatch.setattr(sys.modules["edm2ext.ops.accumulate_snapshots"], "_BUFFER_BYTES", buffer_bytes)
+    size = 5_000 if buffer_bytes < 1000 else 3_000_001
+    snapshots = [randn(size, seed=i).to(DTYPES[i % 3]) for i in range(5)]
+    coefs = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    start = randn(4, size, seed=9)
+    expected = ops.accumulate_snapshots(snapshots, coefs, start.clone())
+    on_host = [x.cpu() for x in snapshots]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = torch.zeros_like(start)
+        torch.cuda._sleep(200_000_000)
+        out += start
+        result = ops.accumulate_snapshots(on_host, coefs, out)
+        for x in on_host:  # no copy reads them any more
+            x.zero_()
+        assert result is out
+        assert torch.equal(out, expected)
+
+
 def test_zero_pixels():
     x = torch.zeros(1, 24, 4, 4, device="cuda", requires_grad=True)
     y = ops.pixel_norm(x)
@@ -351,6 +438,10 @@ def test_deterministic():
     results = [torch.ops.edm2.mp_silu_modulated_backward(grad, x, c) for _ in range(5)]
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    inputs = randn(999, 300), randn(999, seed=1), randn(300, seed=2), randn(300, seed=3)
+    results = [torch.ops.edm2.mp_fourier_backward(*inputs) for _ in range(5)]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_runs_on_the_current_stream():
@@ -373,13 +464,20 @@ def test_graph_capture():
     x = _channels_last(randn(4, 192, 16, 16).half())
     c, grad = randn(4, 192).half(), torch.ones_like(x)
     ema, param = torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda")
+    coefs = torch.randn(2, 2, dtype=torch.float64)
 
     def work() -> list[Tensor]:
         y, silu = torch.ops.edm2.pixel_norm_silu(x, 1e-4)
         z = torch.ops.edm2.mp_silu_modulated(y, c)
         grad_y, grad_c = torch.ops.edm2.mp_silu_modulated_backward(grad, y, c)
         torch.ops.edm2.ema_update_([ema], [param], [0.5])
-        return [silu, z, torch.ops.edm2.pixel_norm_silu_backward(grad_y, grad, x, 1e-4), grad_c]
+        cat, cat_silu = torch.ops.edm2.mp_cat_silu(torch.ops.edm2.mp_sum(x, y, 0.3, 1.0), z, 0.5)
+        grads = torch.ops.edm2.mp_cat_silu_backward(cat, cat_silu, cat, 192, 0.5)
+        grads += torch.ops.edm2.mp_sum_backward(grads[0], x, y, 0.3, 1.0)
+        total = torch.zeros(2, *c.shape, device="cuda")
+        torch.ops.edm2.accumulate_snapshots_(total, [c, grad_c], coefs, True)
+        grads += torch.ops.edm2.mp_fourier_backward(c, c[:, 0], param[:192], param[:192])
+        return [silu, z, torch.ops.edm2.pixel_norm_silu_backward(grad_y, grad, x, 1e-4), grad_c, total, *grads]
 
     expected = work()
     graph = torch.cuda.CUDAGraph()
@@ -434,3 +532,8 @@ def test_more_than_two_to_the_31_elements(channels_last: bool):
     c = torch.full(shape[:2], 3.0, device="cuda", dtype=torch.bfloat16)
     y = ops.mp_silu_modulated(x, c)
     torch.testing.assert_close(y[-1:, :, -1:, -5:], reference.mp_silu_modulated(last, c[-1:]))
+    del y
+    y = ops.mp_sum(x, x, 0.3, 1.5)
+    torch.testing.assert_close(y[-1:, :, -1:, -5:], reference.mp_sum(last, last, 0.3, 1.5))
+    y = ops.mp_cat(x, x[:, :8].contiguous(memory_format=layout))
+    torch.testing.assert_close(y[-1:, :, -1:, -5:], reference.mp_cat(last, last[:, :8]))

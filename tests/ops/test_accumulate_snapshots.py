@@ -1,5 +1,7 @@
 """Weighted sums of snapshots."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,21 +10,55 @@ from op_testing import assert_accurate
 from edm2ext import ops, reference, set_backend
 
 
+@pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 5), (9, 2)])
 @pytest.mark.parametrize("shape", [(257,), (40, 24, 3, 3), (0, 2)])
-def test_against_float64(shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> None:
+def test_against_float64(
+    shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype, compensated: bool
+) -> None:
     snapshots = [torch.randn(shape).to(dtype) for _ in range(inputs)]
     coefs = torch.randn(inputs, outputs, dtype=torch.float64)
     start = torch.randn(outputs, *shape)
     with set_backend("native"):
-        native = ops.accumulate_snapshots(snapshots, coefs, start.clone())
-        fresh = ops.accumulate_snapshots(snapshots, coefs)
-    plain = reference.accumulate_snapshots(snapshots, coefs, start.clone())
+        native = ops.accumulate_snapshots(snapshots, coefs, start.clone(), compensated=compensated)
+        fresh = ops.accumulate_snapshots(snapshots, coefs, compensated=compensated)
+    plain = reference.accumulate_snapshots(snapshots, coefs, start.clone(), compensated=compensated)
     total = torch.tensordot(coefs.T, torch.stack([x.double() for x in snapshots]), dims=1)
     assert native.dtype == fresh.dtype == torch.float32
     assert_accurate(native, plain, total + start.double())
-    assert_accurate(fresh, reference.accumulate_snapshots(snapshots, coefs), total)
+    assert_accurate(fresh, reference.accumulate_snapshots(snapshots, coefs, compensated=compensated), total)
+
+
+def test_compensated_sums_are_rounded_once(backend: str) -> None:
+    """Large coefficients of both signs, as in a reconstruction."""
+    snapshots = [torch.randn(1000).half() for _ in range(20)]
+    coefs = 300 * torch.randn(20, 3, dtype=torch.float64)
+    coefs[-1] -= coefs.sum(dim=0)
+    exact = coefs.T @ torch.stack([x.double() for x in snapshots])
+    out = ops.accumulate_snapshots(snapshots, coefs, compensated=True)
+    assert ((out.double() - exact).abs() <= 2**-23 * exact.abs()).all()
+    plain = ops.accumulate_snapshots(snapshots, coefs)
+    assert ((plain.double() - exact).abs() > 2**-23 * exact.abs()).any()
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("buffer_bytes", [1, 120, 1 << 20])
+@pytest.mark.parametrize("shape", [(), (40,), (7, 33), (0, 2)])
+def test_streaming_in_pieces(backend: str, shape: tuple[int, ...], buffer_bytes: int, compensated: bool) -> None:
+    """What inputs on the CPU go through on their way to a GPU, with the CPU in the place of the GPU."""
+    stream = sys.modules["edm2ext.ops.accumulate_snapshots"]._stream
+    snapshots = [
+        torch.randn(shape),
+        torch.randn(shape).half(),
+        torch.randn(shape[::-1]).bfloat16().permute(tuple(range(len(shape)))[::-1]),
+    ]
+    coefs = torch.randn(3, 4, dtype=torch.float64)
+    start = torch.randn(4, *shape)
+    expected = ops.accumulate_snapshots(snapshots, coefs, start.clone(), compensated=compensated)
+    for out in (start.clone(), torch.stack([start, start], dim=-1)[..., 0]):
+        stream(snapshots, coefs, out, compensated, buffer_bytes=buffer_bytes)
+        torch.testing.assert_close(out, expected)
 
 
 def test_adds_into_out_and_returns_it(backend: str) -> None:

@@ -85,7 +85,10 @@ def arguments(name: str, r: Make) -> list[tuple]:
             (*[expanded(r(2, 1, 20, 2))] * 3, y, 1, 1e-4),
         ],
         "ema_update_": [([r(3).detach(), r(2, 4).detach()] * 2, [r(3), r(2, 4)], [0.1, 0.5])],
-        "accumulate_snapshots_": [(r(3, 5).detach(), [r(5), r(5)], torch.randn(2, 3, dtype=torch.float64))],
+        "accumulate_snapshots_": [
+            (r(3, 5).detach(), [r(5), r(5)], torch.randn(2, 3, dtype=torch.float64), compensated)
+            for compensated in (False, True)
+        ],
     }[name]
 
 

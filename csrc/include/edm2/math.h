@@ -102,44 +102,46 @@ EDM2_FORMULA double exp(double x) {
 #endif
 }
 
+/// sin(r) and cos(r) for |r| <= pi / 4: minimax polynomials with errors below 1e-8.
+EDM2_FORMULA float reduced_sine(float r) {
+  const float u = r * r;
+  float s = -1.95879585515e-4f;
+  s = s * u + 8.33274876581e-3f;
+  s = s * u - 1.66666646667e-1f;
+  return s * u * r + r;
+}
+EDM2_FORMULA float reduced_cosine(float r) {
+  const float u = r * r;
+  float c = 2.45479901174e-5f;
+  c = c * u - 1.38883034101e-3f;
+  c = c * u + 4.1666664663e-2f;
+  return c * u * u + (1.0f - 0.5f * u);
+}
+
+#if !defined(__CUDA_ARCH__)
 /// Beyond these the reductions below lose accuracy.
 constexpr float kTrigLimitFloat = 8192.0f;
 constexpr double kTrigLimitDouble = 1e6;
 
 /// cos(x), or sin(x) if Sine, within 2e-7 for |x| <= kTrigLimitFloat. x = k pi / 2 + r with pi / 2 in three parts, the
-/// products of the first two with k exact; sine and cosine of r by minimax polynomials (errors below 1e-8); k picks one
-/// and its sign.
+/// products of the first two with k exact; k picks sine or cosine of r and its sign.
 template <bool Sine>
 EDM2_FORMULA float trig(float x) {
-#if defined(__CUDA_ARCH__)
-  return Sine ? ::sinf(x) : ::cosf(x);
-#else
   const float shifted = x * 0.636619772f + 12582912.0f;
   const float k = shifted - 12582912.0f;
   float r = x - k * 1.5703125f;
   r = r - k * 4.837512969970703125e-4f;
   r = r - k * 7.549789954891882e-8f;
-  const float u = r * r;
-  float s = -1.95879585515e-4f;
-  s = s * u + 8.33274876581e-3f;
-  s = s * u - 1.66666646667e-1f;
-  s = s * u * r + r;
-  float c = 2.45479901174e-5f;
-  c = c * u - 1.38883034101e-3f;
-  c = c * u + 4.1666664663e-2f;
-  c = c * u * u + (1.0f - 0.5f * u);
+  const float s = reduced_sine(r);
+  const float c = reduced_cosine(r);
   const int32_t quadrant = to_bits(shifted) + (Sine ? 0 : 1);  // cos(x) = sin(x + pi / 2)
   const float value = (quadrant & 1) != 0 ? c : s;
   return from_bits(to_bits(value) ^ ((quadrant & 2) << 30));
-#endif
 }
 
 /// The same within 2 ulp for |x| <= kTrigLimitDouble, with polynomials of relative errors 2e-17.
 template <bool Sine>
 EDM2_FORMULA double trig(double x) {
-#if defined(__CUDA_ARCH__)
-  return Sine ? ::sin(x) : ::cos(x);
-#else
   const double shifted = x * 0.63661977236758134 + 6755399441055744.0;
   const double k = shifted - 6755399441055744.0;
   double r = x - k * 1.57079632673412561417;
@@ -163,8 +165,8 @@ EDM2_FORMULA double trig(double x) {
   const int64_t quadrant = to_bits(shifted) + (Sine ? 0 : 1);
   const double value = (quadrant & 1) != 0 ? c : s;
   return from_bits(to_bits(value) ^ ((quadrant & 2) << 62));
-#endif
 }
+#endif
 
 /// MP-SiLU, z * sigmoid(z) / 0.596 (Eq. 81).
 template <class T>

@@ -39,4 +39,10 @@ void mp_cat(const MPCatParams& params, int64_t begin, int64_t end);
 void mp_cat_backward(const MPCatBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 
+namespace cuda {
+/// Launches return a cudaError_t.
+int launch_mp_cat(const MPCatParams& params, CUstream_st* stream);
+int launch_mp_cat_backward(const MPCatBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
+
 }  // namespace edm2

@@ -38,4 +38,10 @@ void mp_fourier_backward_x(const MPFourierBackwardParams& params, int64_t begin,
 void mp_fourier_backward_buffers(const MPFourierBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 
+namespace cuda {
+/// Launches return a cudaError_t.
+int launch_mp_fourier(const MPFourierParams& params, CUstream_st* stream);
+int launch_mp_fourier_backward(const MPFourierBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
+
 }  // namespace edm2

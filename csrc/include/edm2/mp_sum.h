@@ -35,4 +35,10 @@ void mp_sum(const MPSumParams& params, int64_t begin, int64_t end);
 void mp_sum_backward(const MPSumBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 
+namespace cuda {
+/// Launches return a cudaError_t.
+int launch_mp_sum(const MPSumParams& params, CUstream_st* stream);
+int launch_mp_sum_backward(const MPSumBackwardParams& params, CUstream_st* stream);
+}  // namespace cuda
+
 }  // namespace edm2

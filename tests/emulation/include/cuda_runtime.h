@@ -30,6 +30,9 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+/// A product that is rounded, never fused with an addition. (g++ fuses none here: it compiles for CPUs without FMA.)
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   emulation::block_barrier(where);
 }

@@ -1,0 +1,15 @@
+// The MP-Sum launchers and kernels, for ctypes.
+#include "cuda/mp_sum.cu"
+
+using edm2::DType;
+
+extern "C" int mp_sum(const void* a, const void* b, void* y, int64_t numel, int dtype, double weight_a, double weight_b,
+                      double clip) {
+  return edm2::cuda::launch_mp_sum({a, b, y, numel, static_cast<DType>(dtype), weight_a, weight_b, clip}, nullptr);
+}
+
+extern "C" int mp_sum_backward(const void* grad_y, const void* a, const void* b, void* grad_a, void* grad_b,
+                               int64_t numel, int dtype, double weight_a, double weight_b, double clip) {
+  return edm2::cuda::launch_mp_sum_backward(
+      {grad_y, a, b, grad_a, grad_b, numel, static_cast<DType>(dtype), weight_a, weight_b, clip}, nullptr);
+}
