@@ -52,10 +52,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// grad_phases[i] = -sum over n of grad_y[n, i] * sqrt(2) sin(angle), and the same times x[n] for grad_freqs: a block
-/// of kWarpSize * kRows threads for kWarpSize channels, whose rows share out the samples.
+/// Rows of a block that is a warp wide.
 inline constexpr int kFourierRows = kThreads / kWarpSize;
 
+/// grad_phases[i] = -sum over n of grad_y[n, i] * sqrt(2) sin(angle), and the same times x[n] for grad_freqs: a block
+/// for kWarpSize channels, whose rows share out the samples.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     mp_fourier_backward_buffers(const T* __restrict__ grad_y, const T* __restrict__ x, const float* __restrict__ freqs,

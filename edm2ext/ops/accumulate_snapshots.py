@@ -91,8 +91,9 @@ def _stream(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor, compensated: b
     total = out.contiguous()
     flat = [x.reshape(-1) for x in inputs]
     rows = total.view(total.shape[0], flat[0].numel())
-    elements = max(1, min(flat[0].numel(), buffer_bytes // sum(x.element_size() for x in flat)))
-    starts = range(0, flat[0].numel(), elements)
+    elements = max(8, buffer_bytes // sum(x.element_size() for x in flat) // 8 * 8)  # pieces start aligned
+    elements = min(elements, rows.shape[1])
+    starts = range(0, rows.shape[1], max(elements, 1))
     with torch.cuda.device(out.device if out.is_cuda else -1):  # -1: does nothing
         copier = torch.cuda.Stream() if out.is_cuda else None
         if copier is not None:
