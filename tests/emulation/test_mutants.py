@@ -304,7 +304,7 @@ def run_mutate(*arguments: str) -> str:
 
 def test_one_seeded_fault_in_every_kernel_file():
     """A quick look that the tests of every family notice something; the test below looks closer, mutate.py at all."""
-    table = mutate(
+    table = run_mutate(
         "--only", ".cuh", "--operators", "index", "dropped", "--per-file", "1", "--quick", "--at-least", "0.8"
     )
     assert all(f"| csrc/cuda/{file.name} |" in table for file in KERNELS.glob("*.cuh"))
