@@ -9,6 +9,8 @@ from torch import Tensor
 
 import edm2ext
 from edm2ext import ops
+from edm2ext.optim import FusedAdam
+from edm2ext.phema import PowerEMA
 
 Work = Callable[[], object]
 
@@ -93,6 +95,17 @@ def vector_cases() -> Iterator[Case]:
     yield from both_directions("mp_silu 32×128", ops.mp_silu, torch.randn(32, 128))
 
 
+def optimizer_step(weights: list[Tensor]) -> Work:
+    """Everything from gradients of effective weights to the effective weights of the next forward."""
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    ema = PowerEMA(params)
+    prepared = {param: torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False) for param in params}
+    optimizer = FusedAdam(params, 0.01, gradients="effective", ema=ema, force_normalize=True, prepared=prepared)
+    return lambda: optimizer.step([0.01, 0.02])
+
+
 def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
     """`weights`: the weight tensors of a whole network."""
     millions = sum(w.numel() for w in weights) / 1e6
@@ -110,6 +123,7 @@ def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
     yield Case(f"prepare_weights, forced, bfloat16 {label}", forward(prepare, [w.clone() for w in weights], gains))
     emas = [[w.clone() for w in weights] for _ in range(2)]
     yield Case(f"ema_update_ 2 profiles, {label}", forward(ops.ema_update_, emas, weights, [0.01, 0.02]))
+    yield Case(f"optimizer step, 2 profiles, {label}", optimizer_step(weights))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         inputs = [torch.randn(1 << 20).to(dtype) for _ in range(8)]
         coefs = torch.randn(8, 6, dtype=torch.float64).numpy()

@@ -313,6 +313,62 @@ def ema_update_(
 
 
 @torch.no_grad()
+def adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    emas: Sequence[Sequence[Tensor]],
+    weights: Sequence[bool],
+    gains: Sequence[int],
+    prepared: Sequence[Tensor | None],
+    counters: Sequence[int],
+    scalars: Tensor,
+    loss_scale: Tensor | None,
+    nonfinite: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    effective: bool,
+    force: bool,
+) -> None:
+    """One optimizer step; see `edm2ext.ops.adam_step.adam_step_` (4.2, 5.1, 2.6, Eqs. 66 and 127)."""
+    found: list[Tensor | None] = []
+    for i, grad in enumerate(grads):
+        if grad is None:
+            found.append(None)
+            continue
+        unscaled = grad if loss_scale is None else grad / loss_scale
+        finite = unscaled.isfinite()
+        nonfinite[counters[i]] += finite.logical_not().sum()
+        found.append(torch.where(finite, unscaled, 0.0))
+    if effective:
+        for i in (i for i, grad in enumerate(found) if grad is not None and weights[i]):
+            gain = params[gains[i]] if gains[i] >= 0 else params[i].new_ones(())
+            leaves = [params[i].detach().requires_grad_(), gain.detach().requires_grad_()]
+            with torch.enable_grad():
+                out = effective_weight(*leaves)
+            found[i], gain_grad = torch.autograd.grad(out, leaves, found[i])
+            if gains[i] >= 0:
+                found[gains[i]] = gain_grad
+    for i, (param, grad) in enumerate(zip(params, found, strict=True)):
+        if grad is None:
+            continue
+        exp_avgs[i].lerp_(grad, 1 - betas[0])
+        exp_avg_sqs[i].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        step_size, bias_correction2 = scalars[:2].to(param.dtype)
+        param.sub_(step_size * exp_avgs[i] / (exp_avg_sqs[i].sqrt() / bias_correction2 + eps))
+        for profile, one_minus_beta in zip(emas, scalars[2:], strict=True):
+            profile[i].lerp_(param.to(profile[i].dtype), one_minus_beta.to(profile[i].dtype))
+    for i in (i for i, grad in enumerate(grads) if grad is not None and weights[i]):
+        if force:
+            force_normalize_(params[i])
+        target = prepared[i]
+        if target is not None:
+            target.copy_(effective_weight(params[i], params[gains[i]] if gains[i] >= 0 else 1, target.dtype))
+
+
+@torch.no_grad()
 def accumulate_snapshots(
     inputs: Sequence[Tensor], coefs: Tensor, out: Tensor | None = None, *, compensated: bool = False
 ) -> Tensor:

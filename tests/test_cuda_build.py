@@ -58,6 +58,8 @@ REGISTERS = {
     "qkv_norm_backward_long_rows": 80,
     "qkv_norm_backward_planes": 96,
     "accumulate_snapshots_tiles": 80,
+    "adam_rows": 128,
+    "adam_gains": 80,
 }
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [
@@ -97,6 +99,7 @@ OPS = [
     "qkv_norm",
     "qkv_norm_backward",
     "accumulate_snapshots_",
+    "adam_step_",
 ]
 
 

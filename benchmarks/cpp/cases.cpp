@@ -460,10 +460,11 @@ void normalize_weight(Table& table) {
                                    row_size,
                                    1,
                                    GPU_OR_0(static_cast<const float*>(p[2]) + i),
-                                   1.0 / std::sqrt(static_cast<double>(row_size))};
+                                   1.0 / std::sqrt(static_cast<double>(row_size)),
+                                   half};
             }
             return NormalizeWeightParams{
-                lists->tensors.data(), lists->offsets.data(), count, DType::kFloat32, half, kEps, force};
+                lists->tensors.data(), lists->offsets.data(), count, DType::kFloat32, kEps, force};
           },
           GPU(cuda::launch_normalize_weight), CPU(cpu::normalize_weight), lists->offsets.back());
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "edm2/accumulate_snapshots.h"
+#include "edm2/adam_step.h"
 #include "edm2/cosine_attention.h"
 #include "edm2/ema_update.h"
 #include "edm2/mp_cat.h"
@@ -37,6 +38,7 @@
   KERNEL(qkv_norm, QKVNormParams, "float32 float64 bfloat16")                                                \
   KERNEL(qkv_norm_backward, QKVNormBackwardParams, "float32 float64 bfloat16")                               \
   KERNEL(ema_update, EMAUpdateParams, "float32 float64 bfloat16")                                            \
+  KERNEL(adam_step, AdamStepParams, "float32 float64")                                                       \
   KERNEL(accumulate_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")
 
 #define EDM2_DECLARE_KERNEL(name, Params, dtypes) void name(const Params& params, int64_t begin, int64_t end);

@@ -92,11 +92,11 @@ EDM2_FORMULA void for_rows(const Tensor* tensors, const int64_t* offsets, int64_
 
 void normalize_weight(const NormalizeWeightParams& p, int64_t begin, int64_t end) {
   with_type(p.dtype, [&]<class T>(T) {
-    with_type(p.out_dtype, [&]<class Out>(Out) {
-      for_rows(p.tensors, p.offsets, p.num_tensors, begin, end, [&](const WeightRows& t, int64_t row) {
-        T* w = as<T>(t.w) + row * t.row_size;
-        if (p.force) normalize_row(w, w, t.row_size, 1, p.eps, 1.0);
-        if (t.out == nullptr) return;
+    for_rows(p.tensors, p.offsets, p.num_tensors, begin, end, [&](const WeightRows& t, int64_t row) {
+      T* w = as<T>(t.w) + row * t.row_size;
+      if (p.force) normalize_row(w, w, t.row_size, 1, p.eps, 1.0);
+      if (t.out == nullptr) return;
+      with_type(t.out_dtype, [&]<class Out>(Out) {
         normalize_row(w, as<Out>(t.out) + row * t.row_size, t.row_size, t.inner, p.eps, t.factor);
       });
     });

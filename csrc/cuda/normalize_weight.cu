@@ -6,6 +6,8 @@
 namespace edm2::cuda {
 namespace {
 
+bool has_kernel(DType dtype) { return dtype != DType::kFloat64; }
+
 /// Normalises tensors [first, last), no more than the table holds.
 template <int kTensors>
 cudaError_t normalize(const NormalizeWeightParams& params, int64_t first, int64_t last, cudaStream_t stream) {
@@ -14,7 +16,6 @@ cudaError_t normalize(const NormalizeWeightParams& params, int64_t first, int64_
   table.items = 0;
   table.eps = static_cast<float>(params.eps);
   table.dtype = params.dtype;
-  table.out_dtype = params.out_dtype;
   table.force = params.force;
   int64_t longest = 0;
   Traffic traffic{0, 0};
@@ -22,12 +23,12 @@ cudaError_t normalize(const NormalizeWeightParams& params, int64_t first, int64_
     const WeightRows& t = params.tensors[i];
     const int64_t numel = t.rows * t.row_size;
     if (numel == 0) continue;
-    if (!fits_table(t.rows, t.row_size, table.items)) return cudaErrorInvalidValue;
-    const bool quads =
-        t.row_size % kQuad == 0 && quad_aligned(t.w, params.dtype) && quad_aligned(t.out, params.out_dtype);
+    if (!fits_table(t.rows, t.row_size, table.items) || !has_kernel(t.out_dtype)) return cudaErrorInvalidValue;
+    const bool quads = t.row_size % kQuad == 0 && quad_aligned(t.w, params.dtype) && quad_aligned(t.out, t.out_dtype);
     table.tasks[table.count++] = {t.w,
                                   t.out,
                                   t.gain,
+                                  t.out_dtype,
                                   static_cast<float>(t.factor),
                                   static_cast<int>(t.rows),
                                   static_cast<int>(t.row_size),
@@ -38,7 +39,7 @@ cudaError_t normalize(const NormalizeWeightParams& params, int64_t first, int64_
     longest = std::max(longest, t.row_size);
     traffic.read += numel * size_of(params.dtype);
     traffic.written += numel * (params.force ? size_of(params.dtype) : 0);
-    traffic.written += numel * (t.out != nullptr ? size_of(params.out_dtype) : 0);
+    traffic.written += numel * (t.out != nullptr ? size_of(t.out_dtype) : 0);
   }
   int shared = 0;
   const cudaError_t error = shared_for_rows(longest, 1, stream, &shared);
@@ -109,12 +110,10 @@ cudaError_t in_tables(int64_t count, Body body) {
   return cudaSuccess;
 }
 
-bool has_kernel(DType dtype) { return dtype != DType::kFloat64; }
-
 }  // namespace
 
 int launch_normalize_weight(const NormalizeWeightParams& params, CUstream_st* stream) {
-  if (!has_kernel(params.dtype) || !has_kernel(params.out_dtype)) return cudaErrorInvalidValue;
+  if (!has_kernel(params.dtype)) return cudaErrorInvalidValue;
   return in_tables<kManyWeights>(params.num_tensors, [&](auto tensors, int64_t first, int64_t last) {
     return normalize<tensors>(params, first, last, stream);
   });

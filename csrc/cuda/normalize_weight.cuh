@@ -10,6 +10,7 @@ struct WeightTask {
   void* w;
   void* out;
   const float* gain;
+  DType out_dtype;
   float factor;
   int rows;
   int row_size;
@@ -27,11 +28,10 @@ struct WeightTable {
   int capacity;  // floats of dynamic shared memory
   float eps;
   DType dtype;
-  DType out_dtype;
   bool force;
 };
 
-inline constexpr int kManyWeights = 680;
+inline constexpr int kManyWeights = 580;
 
 /// A row whose sum of squares is known, in memory and, unless it is too long, held by its team.
 struct NormalizedRow {
@@ -90,10 +90,10 @@ __device__ void normalize_row(const WeightTable<kTensors>& table, const WeightTa
   const int n = task.row_size;
   const NormalizedRow own{advanced(task.w, table.dtype, row * n), row_memory(team, n, 1, table.capacity), n, task.quads,
                           table.dtype};
-  void* const out = task.out == nullptr ? nullptr : advanced(task.out, table.out_dtype, row * n);
+  void* const out = task.out == nullptr ? nullptr : advanced(task.out, task.out_dtype, row * n);
   const float squares = hold_row(team, own);
   const float gain = task.gain == nullptr ? 1.0f : *task.gain;
-  own.write(team, squares, table.eps, table.force, out, table.out_dtype, task.inner, task.factor * gain);
+  own.write(team, squares, table.eps, table.force, out, task.out_dtype, task.inner, task.factor * gain);
 }
 
 template <int kTensors>

@@ -64,6 +64,13 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   // ema_update
   m.def("ema_update_(Tensor(a!)[] emas, Tensor[] params, float[] weights) -> ()");
 
+  // adam_step
+  m.def(
+      "adam_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
+      "emas, Tensor(e!)[] prepared, int[] prepared_of, int[] weights, int[] gains, int[] counters, Tensor scalars, "
+      "Tensor? loss_scale, Tensor(f!) nonfinite, float beta1, float beta2, float eps, float norm_eps, bool effective, "
+      "bool force) -> ()");
+
   // accumulate_snapshots
   m.def("accumulate_snapshots_(Tensor(a!) out, Tensor[] inputs, Tensor coefs, bool compensated) -> ()");
 }

@@ -26,9 +26,8 @@ double value_of(const Tensor& gain, const char* op, const char* argument) {
   return 0;
 }
 
-void run(const Batch<WeightRows>& batch, DType dtype, DType out_dtype, double eps, bool force = false) {
-  const NormalizeWeightParams params{
-      batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, out_dtype, eps, force};
+void run(const Batch<WeightRows>& batch, DType dtype, double eps, bool force = false) {
+  const NormalizeWeightParams params{batch.tensors.data(), batch.offsets.data(), batch.size(), dtype, eps, force};
   run_cpu(cpu::normalize_weight, params, batch.offsets.back(), batch.offsets.back());
 }
 
@@ -50,8 +49,8 @@ Tensor normalize_weight(const Tensor& w_, double eps) {
   const DType dtype = cpu_dtype_of(w.view, op, "w");
   const Tensor out = empty_like(w.view);
   Batch<WeightRows> batch(1);
-  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1, nullptr, 1.0});
-  run(batch, dtype, dtype, eps);
+  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1, nullptr, 1.0, dtype});
+  run(batch, dtype, eps);
   return out;
 }
 
@@ -80,8 +79,8 @@ Tensor effective_weight(const Tensor& w_, const std::optional<Tensor>& gain, dou
   const double factor = factor_of(scale * (gain ? value_of(*gain, op, "gain") : 1.0), w.row_size);
   const Tensor out = empty(w.view, w.view.sizes, w.view.dim, w.view.format, type);
   Batch<WeightRows> batch(1);
-  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1, nullptr, factor});
-  run(batch, cpu_dtype_of(w.view, op, "w"), out_dtype, eps);
+  batch.add({w.view.data(), out.mutable_data_ptr(), w.rows, w.row_size, 1, nullptr, factor, out_dtype});
+  run(batch, cpu_dtype_of(w.view, op, "w"), eps);
   return out;
 }
 
@@ -121,9 +120,9 @@ Tensors effective_weights(const Tensors& tensors, const Tensors& gains, double e
     const Weight& w = weights[i];
     outs.push_back(empty(w.view, w.view.sizes, w.view.dim, w.view.format, type));
     batch.add({w.view.data(), outs.back().mutable_data_ptr(), w.rows, w.row_size, 1, nullptr,
-               factor_of(value_of(gains[i], op, "gains"), w.row_size)});
+               factor_of(value_of(gains[i], op, "gains"), w.row_size), out_dtype});
   }
-  if (!weights.empty()) run(batch, cpu_dtype_of(weights.front().view, op, "weights"), out_dtype, eps);
+  if (!weights.empty()) run(batch, cpu_dtype_of(weights.front().view, op, "weights"), eps);
   return outs;
 }
 
@@ -176,9 +175,8 @@ void force_normalize_(const Tensors& tensors, double eps) {
   const std::vector<Weight> weights = weights_of(tensors, op);
   if (weights.empty()) return;
   Batch<WeightRows> batch(weights.size());
-  for (const Weight& w : weights) batch.add({w.view.data(), nullptr, w.rows, w.row_size, 1, nullptr, 1.0});
-  const DType dtype = cpu_dtype_of(weights.front().view, op, "weights");
-  run(batch, dtype, dtype, eps, true);
+  for (const Weight& w : weights) batch.add({w.view.data(), nullptr, w.rows, w.row_size, 1, nullptr, 1.0, {}});
+  run(batch, cpu_dtype_of(weights.front().view, op, "weights"), eps, true);
   store_back(weights, tensors);
 }
 
@@ -195,12 +193,11 @@ void prepare_weights(const Tensors& tensors, const OptionalTensors& gains, doubl
   for (size_t i = 0; i < weights.size(); ++i) {
     const Weight& w = weights[i];
     outs.push_back(effective_of(w, outs_[i], op, "out"));
-    check_one_dtype(outs.front(), outs.back(), op, "out");
     const double gain = gains[i] ? value_of(*gains[i], op, "gains") : 1.0;
     batch.add({w.view.data(), outs.back().data(), w.rows, w.row_size, inner_of(w, outs.back()), nullptr,
-               factor_of(gain, w.row_size)});
+               factor_of(gain, w.row_size), cpu_dtype_of(outs.back(), op, "out")});
   }
-  run(batch, cpu_dtype_of(weights.front().view, op, "weights"), cpu_dtype_of(outs.front(), op, "out"), eps, force);
+  run(batch, cpu_dtype_of(weights.front().view, op, "weights"), eps, force);
   if (force) store_back(weights, tensors);
 }
 

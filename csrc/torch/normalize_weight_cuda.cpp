@@ -30,17 +30,17 @@ DType out_dtype_of(ScalarType type, const char* op) {
   return dtype;
 }
 
-void run(const View& first, const Batch<WeightRows>& batch, DType out_dtype, double eps, bool force, const char* op) {
+void run(const View& first, const Batch<WeightRows>& batch, double eps, bool force, const char* op) {
   const NormalizeWeightParams params{
-      batch.tensors.data(), batch.offsets.data(), batch.size(), cuda_dtype_of(first, op, "w"), out_dtype, eps, force};
+      batch.tensors.data(), batch.offsets.data(), batch.size(), cuda_dtype_of(first, op, "w"), eps, force};
   run_cuda(first, op, [&](CUstream_st* stream) { return cuda::launch_normalize_weight(params, stream); });
 }
 
 Tensor effective(const Weight& w, const float* gain, double factor, double eps, ScalarType type, const char* op) {
   const Tensor out = empty(w.view, w.view.sizes, w.view.dim, w.view.format, type);
   Batch<WeightRows> batch(1);
-  batch.add({w.view.data(), address(out), w.rows, w.row_size, 1, gain, factor});
-  run(w.view, batch, out_dtype_of(type, op), eps, false, op);
+  batch.add({w.view.data(), address(out), w.rows, w.row_size, 1, gain, factor, out_dtype_of(type, op)});
+  run(w.view, batch, eps, false, op);
   return out;
 }
 
@@ -130,9 +130,9 @@ Tensors effective_weights(const Tensors& tensors, const Tensors& gains, double e
     const Weight& w = weights[i];
     outs.push_back(empty(w.view, w.view.sizes, w.view.dim, w.view.format, type));
     batch.add({w.view.data(), address(outs.back()), w.rows, w.row_size, 1, gain_on_gpu(w.view, gains[i], op, "gains"),
-               factor_of(1.0, w.row_size)});
+               factor_of(1.0, w.row_size), out_dtype_of(type, op)});
   }
-  if (!weights.empty()) run(weights.front().view, batch, out_dtype_of(type, op), eps, false, op);
+  if (!weights.empty()) run(weights.front().view, batch, eps, false, op);
   return outs;
 }
 
@@ -166,8 +166,8 @@ void force_normalize_(const Tensors& tensors, double eps) {
   const std::vector<Weight> weights = weights_on_gpu(tensors, op);
   if (weights.empty()) return;
   Batch<WeightRows> batch(weights.size());
-  for (const Weight& w : weights) batch.add({w.view.data(), nullptr, w.rows, w.row_size, 1, nullptr, 1.0});
-  run(weights.front().view, batch, DType::kFloat32, eps, true, op);
+  for (const Weight& w : weights) batch.add({w.view.data(), nullptr, w.rows, w.row_size, 1, nullptr, 1.0, {}});
+  run(weights.front().view, batch, eps, true, op);
   store_back(weights, tensors);
 }
 
@@ -184,12 +184,12 @@ void prepare_weights(const Tensors& tensors, const OptionalTensors& gains, doubl
   for (size_t i = 0; i < weights.size(); ++i) {
     const Weight& w = weights[i];
     outs.push_back(effective_of(w, outs_[i], op, "out"));
-    check_one_dtype(outs.front(), outs.back(), op, "out");
     check_same_gpu(w.view, outs.back(), op, "out");
     batch.add({w.view.data(), outs.back().data(), w.rows, w.row_size, inner_of(w, outs.back()),
-               gain_on_gpu(w.view, gains[i], op, "gains"), factor_of(1.0, w.row_size)});
+               gain_on_gpu(w.view, gains[i], op, "gains"), factor_of(1.0, w.row_size),
+               cuda_dtype_of(outs.back(), op, "out")});
   }
-  run(weights.front().view, batch, cuda_dtype_of(outs.front(), op, "out"), eps, force, op);
+  run(weights.front().view, batch, eps, force, op);
   if (force) store_back(weights, tensors);
 }
 

@@ -135,14 +135,15 @@ def prepare_weights(
     gains = [None] * len(weights) if gains is None else list(gains)
     groups: dict[tuple, list[int]] = {}
     for i, (w, target) in enumerate(zip(weights, out, strict=True)):
-        groups.setdefault((w.dtype, target.dtype, w.device), []).append(i)
+        native = _native_to(w, target.dtype, _PREPARE_KERNELS)
+        groups.setdefault((w.dtype, w.device, native), []).append(i)
     for group in groups.values():
         _prepare_group([weights[i] for i in group], [gains[i] for i in group], force, [out[i] for i in group])
     return out
 
 
 def _prepare_group(weights: list[Tensor], gains: list[Tensor | None], force: bool, out: list[Tensor]) -> None:
-    """One call for weights, and results, of one dtype and device."""
+    """One call for weights of one dtype and device, whose results are native dtypes all or none."""
     w = weights[0]
     # On a GPU the effective weight follows from the sum of squares before forced normalisation, which float32 allows.
     exact = w.is_cpu or w.dtype == torch.float32 or not force

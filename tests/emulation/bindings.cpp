@@ -16,6 +16,7 @@
 #define EDM2_CUDA_ARCHITECTURES ""
 
 #include "torch/accumulate_snapshots_cuda.cpp"
+#include "torch/adam_step_cuda.cpp"
 #include "torch/cosine_attention_cuda.cpp"
 #include "torch/ema_update_cuda.cpp"
 #include "torch/library.cpp"

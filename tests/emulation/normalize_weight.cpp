@@ -10,10 +10,11 @@ extern "C" int normalize_weight(void* const* w, void* const* out, float* const* 
                                 int dtype, int out_dtype, double eps, bool force) {
   std::vector<edm2::WeightRows> tensors;
   for (int64_t i = 0; i < count; ++i) {
-    tensors.push_back({w[i], out[i], rows[i], row_size[i], inner[i], gain[i], factor[i]});
+    tensors.push_back(
+        {w[i], out[i], rows[i], row_size[i], inner[i], gain[i], factor[i], static_cast<DType>(out_dtype)});
   }
-  return edm2::cuda::launch_normalize_weight(
-      {tensors.data(), nullptr, count, static_cast<DType>(dtype), static_cast<DType>(out_dtype), eps, force}, nullptr);
+  return edm2::cuda::launch_normalize_weight({tensors.data(), nullptr, count, static_cast<DType>(dtype), eps, force},
+                                             nullptr);
 }
 
 extern "C" int normalize_weight_backward(void* const* grad, void* const* w, void* const* grad_w, void* const* row_dots,

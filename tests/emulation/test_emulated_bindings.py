@@ -18,7 +18,7 @@ EPS = 1e-4
 def ops() -> SimpleNamespace:
     """torch.ops.edm2_emulated. Loaded once per process: a library cannot be registered twice."""
     kernels = ["pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm"]
-    kernels += ["cosine_attention", "ema_update", "normalize_weight", "accumulate_snapshots"]
+    kernels += ["cosine_attention", "ema_update", "adam_step", "normalize_weight", "accumulate_snapshots"]
     torch.ops.load_library(emulated.build("bindings", *kernels))
     return torch.ops.edm2_emulated
 
@@ -387,6 +387,79 @@ def test_qkv_norm(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, gra
     (truth,) = torch.autograd.grad(expected, leaf, torch.stack(grads).double())
     torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
     assert grad.is_contiguous(memory_format=reference.memory_format(x))
+
+
+@pytest.mark.parametrize("effective", [False, True])
+def test_adam_step(ops: SimpleNamespace, effective: bool):
+    """Against the CPU's native op, which tests/test_optim.py compares with torch.optim.Adam."""
+    shapes = [(6, 4, 3, 3), (5, 70), (9,), (), (2, 600)]
+    values = [
+        [emulated.random_tensor(*shape, dtype=torch.float32, seed=10 * k + i).abs() for i, shape in enumerate(shapes)]
+        for k in range(6)
+    ]
+    values[0][0] = _channels_last(values[0][0])
+    for k in range(2, 6):
+        values[k][0] = _channels_last(values[k][0])
+    grads = [*values[1][:3], None if effective else values[1][3], values[1][4]]
+    scalars = torch.tensor([0.1, 0.5, 0.2, 0.9], dtype=torch.float64)
+    results = []
+    for namespace in (ops, torch.ops.edm2):
+        params, _, exp_avgs, exp_avg_sqs, *emas = [[t.clone() for t in tensors] for tensors in values]
+        prepared = [torch.zeros(6, 4, 3, 3), torch.zeros(5, 70, dtype=torch.bfloat16)]
+        counts = torch.zeros(7, dtype=torch.int64)
+        namespace.adam_step_(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [e for profile in emas for e in profile],
+            prepared,
+            [0, 1],
+            [1, 1, 0, 0, 1],
+            [-1, 3, -1, -1, -1],
+            [0, 1, 2, 3, 6],
+            scalars,
+            torch.tensor(2.0),
+            counts,
+            0.9,
+            0.99,
+            1e-8,
+            EPS,
+            effective,
+            True,
+        )
+        results.append([*params, *exp_avgs, *exp_avg_sqs, *emas[0], *emas[1], *prepared, counts])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_errors_of_adam_step(ops: SimpleNamespace):
+    p, scalars, counts = torch.ones(2, 3), torch.ones(2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def call(
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        prepared: list[Tensor] = [],  # noqa: B006 - never changed
+        gains: list[int] = [-1],  # noqa: B006
+        scalars: Tensor = scalars,
+    ) -> None:
+        ops.adam_step_(
+            params, grads, params, params, [], prepared, [0] * len(prepared), [1] * len(params), gains,
+            [0] * len(params), scalars, None, counts, 0.9, 0.99, 1e-8, EPS, False, False,
+        )  # fmt: skip
+
+    for message, arguments in {
+        "params: expected float32 on a GPU, got Double": ([p.double()], [p.double()]),
+        "grads: expected one entry per parameter, 1, got 0": ([p], []),
+        "grads: expected shape": ([p], [p[:1]]),
+        "params: expected weights of shape": ([p[0]], [p[0]]),
+        "params: expected contiguous or channels_last": ([p.t()], [p.t()]),
+        "prepared: expected float32, float16 or bfloat16 on a GPU": ([p], [p], [p.double()]),
+        "prepared_of: expected the index of a weight": ([p], [None], [p]),
+        "gains: expected the indices of parameters": ([p], [p], [], [5]),
+        "scalars: expected 2 elements of Double, got 3": ([p], [p], [], [-1], torch.ones(3, dtype=torch.float64)),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"adam_step_: {message}"):
+            call(*arguments)
 
 
 def test_double_is_refused(ops: SimpleNamespace):

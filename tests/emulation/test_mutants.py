@@ -11,6 +11,7 @@ import emulated
 import mutate
 import pytest
 import test_emulated_accumulate_snapshots
+import test_emulated_adam_step
 import test_emulated_cosine_attention
 import test_emulated_mp_fourier
 import test_emulated_mp_silu
@@ -85,11 +86,18 @@ def check_cosine_attention(library: Library) -> None:
             test_emulated_cosine_attention.check(library, case._replace(layouts=("nchw",)), torch.float32)
 
 
+def check_adam_step(library: Library) -> None:
+    cases = test_emulated_adam_step.CASES
+    test_emulated_adam_step.check(library, cases, effective=True, force=True)
+    test_emulated_adam_step.check(library, cases, effective=False, force=False)
+
+
 # File of kernels: the check that must fail without one of its barriers, and the library it is called with.
 CHECKS = {
     "pixel_norm.cuh": (check_pixel_norm, "pixel_norm"),
     "mp_silu.cuh": (check_mp_silu, "mp_silu"),
     "normalize_weight.cuh": (check_normalize_weight, "normalize_weight"),
+    "adam_step.cuh": (check_adam_step, "adam_step"),
     "rows.cuh": (check_normalize_weight, "normalize_weight"),
     "cosine_attention.cuh": (check_cosine_attention, "cosine_attention"),
     "mp_fourier.cuh": (check_mp_fourier, "mp_fourier"),
@@ -140,6 +148,16 @@ FAULTS = [
     ("mp_silu.cuh", "first + i * stride", "first + i"),
     ("mp_silu.cu", "chunks > 1 ? workspace : nullptr", "nullptr"),
     ("mp_silu.cu", "chunks == 1) return error;", "chunks <= 1) return error;"),
+    ("adam_step.cuh", "g - g == 0.0f ? g : 0.0f", "g"),
+    ("adam_step.cuh", "constants.bias_correction2 + table.eps", "constants.bias_correction2"),
+    ("adam_step.cuh", "weight < 0.5f ? ema", "true ? ema"),
+    ("adam_step.cuh", "task.row_dots[task.rows] = gain;", "task.row_dots[task.rows] = 0.0f;"),
+    ("adam_step.cuh", "effective ? again : nonfinite", "nonfinite"),
+    ("adam_step.cuh", "item == task.first_item && threadIdx.x == 0", "threadIdx.x == 0 && row == 1"),
+    ("adam_step.cuh", "task.numel - at < task.row_size ? task.numel - at : task.row_size", "task.row_size"),
+    ("adam_step.cuh", "int k = at_once; k < table.profiles", "int k = at_once + 1; k < table.profiles"),
+    ("adam_step.cu", "pointers_ + count > AdamTable::kPointers", "pointers_ > AdamTable::kPointers"),
+    ("adam_step.cu", "quads = quads && all_aligned(t.emas[k])", "quads = quads"),
     ("rows.cuh", "offset = kWarpSize / 2; offset > 0", "offset = kWarpSize / 4; offset > 0"),
     ("rows.cuh", "int warp = 1; warp < kWarps; ++warp) values", "int warp = 2; warp < kWarps; ++warp) values"),
     ("rows.cuh", "partial[sums++]", "partial[sums]"),
@@ -249,9 +267,9 @@ FAULTS = [
     ("accumulate_snapshots.cu", "Large::kCoefs / (kParts * part.num_inputs)", "Large::kCoefs / part.num_inputs"),
 ]
 _OPS = ("pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm")
-_OPS += ("cosine_attention", "ema_update", "normalize_weight", "accumulate_snapshots")
+_OPS += ("cosine_attention", "ema_update", "adam_step", "normalize_weight", "accumulate_snapshots")
 # Whose tests run: those of all ops, unless the file is an op's own or listed here.
-_USERS = {**{name: (name,) for name in _OPS}, "rows": ("normalize_weight",)}
+_USERS = {**{name: (name,) for name in _OPS}, "rows": ("normalize_weight", "adam_step")}
 
 
 @pytest.mark.slow

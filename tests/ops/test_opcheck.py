@@ -89,6 +89,18 @@ def arguments(name: str, r: Make) -> list[tuple]:
             (r(3, 5).detach(), [r(5), r(5)], torch.randn(2, 3, dtype=torch.float64), compensated)
             for compensated in (False, True)
         ],
+        "adam_step_": [
+            (
+                *[[r(3, 4).detach(), r().detach()] for _ in range(1)],
+                [r(3, 4).detach(), None],
+                *[[torch.rand(3, 4), torch.rand(())] for _ in range(2)],
+                [torch.rand(3, 4), torch.rand(())],
+                [torch.rand(3, 4).bfloat16()],
+                *[[0], [1, 0], [1, -1], [0, 1]],
+                *[torch.rand(3, dtype=torch.float64), torch.ones(()), torch.zeros(2, dtype=torch.int64)],
+                *[0.9, 0.99, 1e-8, 1e-4, True, True],
+            )
+        ],
     }[name]
 
 
@@ -98,7 +110,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 36
+    assert len(NAMES) == 37
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from golden_network import FORWARD, GRADIENT, NETWORKS, TRAJECTORY, Golden, Replay, error, worst
+from torch import Tensor
+
+from edm2ext import ops
+from edm2ext.optim import FusedAdam
+from edm2ext.phema import power_beta
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -55,3 +60,35 @@ def test_trajectory(golden: Golden, backend: str) -> None:
         expected = golden.state(f"ema{sigma_rel:.3f}")
         averaged = dict(zip(trainer.names, profile, strict=True))
         assert worst(averaged, {name: expected[name] for name in trainer.names}) <= TRAJECTORY
+
+
+def test_trajectory_with_fused_adam(golden: Golden, backend: str) -> None:
+    """The same six steps in one pass each, weights normalised after the step, gradients those of effective weights."""
+    trainer = golden.trainer()
+    net, replay, batch = trainer.net, Replay(golden, trainer), golden.meta["batch"]
+    prepared = net.prepared_weights(gradients="effective")
+    prepared.refresh(force=True)
+    gains = {layer.weight: g for layer, g in zip(prepared.layers, prepared.gains, strict=True) if isinstance(g, Tensor)}
+    effective = {layer.weight: e for layer, e in zip(prepared.layers, prepared.effective, strict=True)}
+    optimizer = FusedAdam(
+        net, 0.0, gains=gains, gradients="effective", ema=trainer.ema, force_normalize=True, prepared=effective
+    )
+    optimizer.prepare()
+    for step in range(golden.meta["steps"]):
+        with prepared:
+            loss = replay(net, golden[f"step{step}.images"], golden.get(f"step{step}.labels"))
+            (loss.sum() / batch).backward()
+        assert error(loss, golden[f"step{step}.loss_map"]) <= TRAJECTORY
+        optimizer.param_groups[0]["lr"] = golden.meta["lrs"][step]
+        optimizer.step((1 - power_beta((step + 1) * batch, batch, trainer.ema.sigma_rels)).tolist())
+        optimizer.zero_grad()
+    assert optimizer.nonfinite.sum() == 0
+    expected = golden.network()
+    expected.load_state_dict(golden.state("state6"))
+    for other in (net, expected):
+        ops.force_normalize_([layer.weight for layer in other.prepared_weights().layers])
+    assert worst(net.state_dict(), expected.state_dict()) <= TRAJECTORY
+    for sigma_rel, profile in zip(golden.meta["ema_stds"], trainer.ema.profiles, strict=True):
+        averages = golden.state(f"ema{sigma_rel:.3f}")
+        averaged = dict(zip(trainer.names, profile, strict=True))
+        assert worst(averaged, {name: averages[name] for name in trainer.names}) <= TRAJECTORY

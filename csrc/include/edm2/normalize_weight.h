@@ -15,14 +15,14 @@ struct WeightRows {
   int64_t inner;      // rows of out are the transposes of rows [row_size / inner, inner] of w; 1: the same order
   const float* gain;  // on the GPU, a factor more; null: none. For the CPU it is part of factor.
   double factor;      // what the normalised rows are multiplied with: gain / sqrt(row_size), or 1
+  DType out_dtype;
 };
 
 struct NormalizeWeightParams {
   const WeightRows* tensors;  // [num_tensors], host memory
   const int64_t* offsets;     // [num_tensors + 1]: elements before tensor i, all tensors laid end to end
   int64_t num_tensors;
-  DType dtype;      // of w
-  DType out_dtype;  // of out
+  DType dtype;  // of w
   double eps;
   bool force;  // first overwrite w by its normalised rows (Eq. 66)
 };
@@ -31,8 +31,7 @@ struct WeightRowsBackward {
   const void* grad;  // of the result, type grad_dtype
   const void* w;
   void* grad_w;
-  void*
-      row_dots;  // [rows] <grad, y>, the row's share of the gain's gradient: double, on the GPU float; null: not wanted
+  void* row_dots;  // [rows] <grad, y>, the rows' shares of the gain's gradient (double; GPU: float); null: not wanted
   int64_t rows;
   int64_t row_size;
   const float* gain;  // as above

@@ -33,6 +33,12 @@ struct alignas(16) uint4 {
 /// A product that is rounded, never fused with an addition. (g++ fuses none here: it compiles for CPUs without FMA.)
 inline float __fmul_rn(float a, float b) { return a * b; }
 
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = *address;  // one fiber runs at a time
+  *address += value;
+  return before;
+}
+
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   emulation::block_barrier(where);
 }
