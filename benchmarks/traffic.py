@@ -98,10 +98,11 @@ class Counter(TorchDispatchMode):
             return torch.ones((), dtype=inputs[0].dtype).item()
         if func.namespace == "edm2" and inputs:
             return self._native(func, args, kwargs)
-        with self:  # an op that consists of others: seldom met here, but bindings call some
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+            with self:  # an op that consists of others: seldom met here, but bindings call some
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = _as_on_cuda(func, args, func(*args, **kwargs))
         outputs = _meta_tensors(result)
         if (inputs or outputs) and not _is_free(func):

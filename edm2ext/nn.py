@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edm2ext import ops
+from edm2ext import backend, ops
 from edm2ext.ops.prepared_weight import Gradients
 from edm2ext.reference import product_dtype
 
+_PREPARE_KERNELS = backend.kernels("prepare_weights")
 Mode = Literal["forward", "step", "off"]
 _MODES = ("forward", "step", "off")
 _mode: Mode = "forward"
@@ -53,9 +54,9 @@ def forces_in_forward(training: bool) -> bool:
 
 
 class Prepared(NamedTuple):
-    """A layer's effective weight, made in advance by PreparedWeights."""
+    """A layer's effective weight, made in advance by PreparedWeights; None: the layer makes it, forces nothing."""
 
-    effective: Tensor
+    effective: Tensor | None
     gain: "Tensor | float"
     gradients: Gradients
 
@@ -76,6 +77,8 @@ class Layer(nn.Module):
         effective, made_with, gradients = self.prepared
         if gain is not made_with and (isinstance(gain, Tensor) or gain != made_with):
             raise ValueError(f"{type(self).__name__}: the weight is prepared with another gain than this call's")
+        if effective is None:
+            return ops.effective_weight(self.weight, gain, dtype)
         weight = ops.prepared_weight(self.weight, effective, gain, gradients=gradients)
         return weight if dtype is None else weight.to(dtype)
 
@@ -110,6 +113,12 @@ class PreparedWeights:
         """Make the effective weights of the present weights and gains; with `force`, of the weights force-normalised
         first, in place (2.6 step 2)."""
         weights = [layer.weight for layer in self.layers]
+        if self.gradients == "raw" and not backend.native(weights[0], _PREPARE_KERNELS):
+            # Plain torch would make them twice, once more for the gradients.
+            if force:
+                ops.force_normalize_(weights)
+            self.effective = None
+            return
         if self.effective is None:
             self.effective = [
                 torch.empty_like(w, dtype=dtype, requires_grad=False, memory_format=self._format_of(w))
@@ -124,7 +133,8 @@ class PreparedWeights:
     def __enter__(self) -> "PreparedWeights":
         if self.effective is None:
             self.refresh()
-        for layer, effective, gain in zip(self.layers, self.effective, self.gains, strict=True):
+        made = self.effective or [None] * len(self.layers)
+        for layer, effective, gain in zip(self.layers, made, self.gains, strict=True):
             layer.prepared = Prepared(effective, gain, self.gradients)
         return self
 
