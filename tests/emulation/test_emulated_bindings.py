@@ -18,7 +18,12 @@ EPS = 1e-4
 def ops() -> SimpleNamespace:
     """torch.ops.edm2_emulated. Loaded once per process: a library cannot be registered twice."""
     kernels = ["pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm"]
-    kernels += ["cosine_attention", "ema_update", "adam_step", "normalize_weight", "accumulate_snapshots"]
+    kernels += [
+        "cosine_attention",
+        "ema_update",
+        "adam_step",
+        "accumulate_snapshots",
+    ]  # adam_step has normalize_weight
     torch.ops.load_library(emulated.build("bindings", *kernels))
     return torch.ops.edm2_emulated
 
