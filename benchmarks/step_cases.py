@@ -46,4 +46,4 @@ def all_cases() -> Iterator[Case]:
 def network_weights() -> list[torch.Tensor]:
     """The weight tensors of the 16×16 network, for the multi-tensor rows."""
     with set_backend("reference"):
-        return [w.detach() for w in trainer(BENCHMARK_16, 16, 3, label_dim=10).weights]
+        return [layer.weight.detach() for layer in trainer(BENCHMARK_16, 16, 3, label_dim=10).prepared.layers]
