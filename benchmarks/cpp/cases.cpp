@@ -536,7 +536,8 @@ void resample_down_pixel_norm(Table& table) {
                                              image.height, image.width, image.channels_last,
                                              image.dtype,  kEps};
         },
-        GPU(cuda::launch_resample_down_pixel_norm), CPU(cpu::resample_down_pixel_norm), batch * half.height);
+        GPU(cuda::launch_resample_down_pixel_norm), CPU(cpu::resample_down_pixel_norm),
+        cpu::halving_items(image, false));
     table.add(
         "resample_down_pixel_norm_backward" + image.label(), {half.in(), half.in(), half.in(), rms, image.out()},
         [=](const Pointers& p) {
@@ -548,7 +549,7 @@ void resample_down_pixel_norm(Table& table) {
                                                      image.dtype,    kEps};
         },
         GPU(cuda::launch_resample_down_pixel_norm_backward), CPU(cpu::resample_down_pixel_norm_backward),
-        batch * ((height + 1) / 2));
+        cpu::halving_items(image, true));
   }
 }
 

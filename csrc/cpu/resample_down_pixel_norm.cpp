@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "storage.h"
@@ -9,63 +10,34 @@
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
-constexpr int64_t kColumns = 64;  // coarse pixels at a time
+constexpr int64_t kBlock = kHalvingBlock;
 
 /// Working memory: a value for every channel of a block of pixels.
 template <class C>
 struct Scratch {
   C* data;
   explicit Scratch(int64_t channels)
-      : data(static_cast<C*>(std::malloc(static_cast<size_t>(channels * kColumns) * sizeof(C)))) {}
+      : data(static_cast<C*>(std::malloc(static_cast<size_t>(channels * kBlock) * sizeof(C)))) {}
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };
 
-/// A row of the coarse image and the two rows of the fine one that it belongs to. Element (channel, column) lies at
-/// channel * plane + column * step.
-struct RowPair {
-  int64_t fine;  // offset of the upper row in channel 0
-  int64_t fine_plane;
-  int64_t below;  // to the lower row
-  int64_t coarse;
-  int64_t coarse_plane;
-  int64_t rms;
-  int64_t step;
-  int64_t columns;  // of the coarse image
-  int64_t fine_columns;
-  bool has_coarse;
-  bool has_below;
-
-  template <class Params>
-  RowPair(const Params& p, int64_t item, int64_t rows) {
-    const int64_t sample = item / rows;
-    const int64_t row = item % rows;
-    const int64_t out_height = p.height / 2;
-    columns = p.width / 2;
-    fine_columns = p.width;
-    step = p.channels_last ? p.channels : 1;
-    fine_plane = p.channels_last ? 1 : p.height * p.width;
-    coarse_plane = p.channels_last ? 1 : out_height * columns;
-    below = p.width * step;
-    fine = sample * p.channels * p.height * p.width + 2 * row * below;
-    coarse = sample * p.channels * out_height * columns + row * columns * step;
-    rms = (sample * out_height + row) * columns;
-    has_coarse = row < out_height;
-    has_below = 2 * row + 1 < p.height;
-  }
-};
-
-// ---- NHWC: vectorised over channels ----
+// ---- NHWC: a row of y at a time, vectorised over channels ----
 
 template <class T>
-void pixels_forward(const ResampleDownPixelNormParams& p, const RowPair& r, Compute<T>* __restrict mean) {
+void pixels_forward(const ResampleDownPixelNormParams& p, int64_t item, Compute<T>* __restrict mean) {
   using C = Compute<T>;
-  for (int64_t j = 0; j < r.columns; ++j) {
-    const T* __restrict left = as<T>(p.x) + r.fine + 2 * j * r.step;
-    const T* __restrict right = left + r.step;
-    const T* __restrict below_left = left + r.below;
-    const T* __restrict below_right = below_left + r.step;
+  const int64_t out_height = p.height / 2;
+  const int64_t out_width = p.width / 2;
+  const int64_t row = item / out_height * p.height + 2 * (item % out_height);
+  const T* __restrict left = as<T>(p.x) + row * p.width * p.channels;
+  T* __restrict y = as<T>(p.y) + item * out_width * p.channels;
+  T* __restrict y_silu = as<T>(p.y_silu) + item * out_width * p.channels;
+  for (int64_t j = 0; j < out_width; ++j) {
+    const T* __restrict right = left + p.channels;
+    const T* __restrict below_left = left + p.width * p.channels;
+    const T* __restrict below_right = below_left + p.channels;
     C squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -74,23 +46,36 @@ void pixels_forward(const ResampleDownPixelNormParams& p, const RowPair& r, Comp
     }
     const C rms = std::sqrt(squares / static_cast<C>(p.channels));
     const C inv = C(1) / (static_cast<C>(p.eps) + rms);
-    as<C>(p.rms)[r.rms + j] = rms;
-    T* __restrict y = as<T>(p.y) + r.coarse + j * r.step;
-    T* __restrict y_silu = as<T>(p.y_silu) + r.coarse + j * r.step;
+    as<C>(p.rms)[item * out_width + j] = rms;
 #pragma omp simd
     for (int64_t c = 0; c < p.channels; ++c) {
       const C v = mean[c] * inv;
       y[c] = narrow<T>(v);
       y_silu[c] = narrow<T>(math::mp_silu(v));
     }
+    left += 2 * p.channels;
+    y += p.channels;
+    y_silu += p.channels;
   }
 }
 
+/// The last pair of rows of an odd image has one row, and no gradient.
 template <class T>
-void pixels_backward(const ResampleDownPixelNormBackwardParams& p, const RowPair& r, Compute<T>* __restrict grad) {
+void pixels_backward(const ResampleDownPixelNormBackwardParams& p, int64_t item, Compute<T>* __restrict grad) {
   using C = Compute<T>;
-  for (int64_t j = 0; j < r.columns; ++j) {
-    const int64_t at = r.coarse + j * r.step;
+  const int64_t out_height = p.height / 2;
+  const int64_t out_width = p.width / 2;
+  const int64_t row = item % ((p.height + 1) / 2);
+  const int64_t sample = item / ((p.height + 1) / 2);
+  const int64_t below = p.width * p.channels;
+  T* __restrict left = as<T>(p.grad_x) + (sample * p.height + 2 * row) * below;
+  if (row == out_height) {
+    std::memset(left, 0, static_cast<size_t>(below) * sizeof(T));
+    return;
+  }
+  const int64_t first = (sample * out_height + row) * out_width;
+  for (int64_t j = 0; j < out_width; ++j) {
+    const int64_t at = (first + j) * p.channels;
     const T* __restrict grad_y = as<T>(p.grad_y) + at;
     const T* __restrict grad_silu = as<T>(p.grad_silu) + at;
     const T* __restrict y = as<T>(p.y) + at;
@@ -101,13 +86,12 @@ void pixels_backward(const ResampleDownPixelNormBackwardParams& p, const RowPair
       grad[c] = widen(grad_y[c]) + widen(grad_silu[c]) * math::mp_silu_grad(v);
       dot += grad[c] * v;
     }
-    const C rms = as<C>(p.rms)[r.rms + j];
+    const C rms = as<C>(p.rms)[first + j];
     const C inv = C(0.25) / (static_cast<C>(p.eps) + rms);
     const C coef = C(0.25) * math::normalize_grad_coef(dot, C(1), rms, static_cast<C>(p.channels));
-    T* __restrict left = as<T>(p.grad_x) + r.fine + 2 * j * r.step;
-    T* __restrict right = left + r.step;
-    T* __restrict below_left = left + r.below;
-    T* __restrict below_right = below_left + r.step;
+    T* __restrict right = left + p.channels;
+    T* __restrict below_left = left + below;
+    T* __restrict below_right = below_left + p.channels;
 #pragma omp simd
     for (int64_t c = 0; c < p.channels; ++c) {
       const T v = narrow<T>(grad[c] * inv - widen(y[c]) * coef);
@@ -116,98 +100,143 @@ void pixels_backward(const ResampleDownPixelNormBackwardParams& p, const RowPair
       below_left[c] = v;
       below_right[c] = v;
     }
+    left += 2 * p.channels;
+  }
+  if (p.width % 2 != 0) {
+    std::memset(left, 0, static_cast<size_t>(p.channels) * sizeof(T));
+    std::memset(left + below, 0, static_cast<size_t>(p.channels) * sizeof(T));
   }
 }
 
-// ---- NCHW: vectorised over columns; scratch is [channels, kColumns] ----
+// ---- NCHW: a few rows of y at a time, vectorised over their pixels; the resampling kernels see them as an image ----
+
+constexpr double kMean[2] = {0.5, 0.5};
+
+/// Some rows of one sample of y. Element (channel, pixel) lies at at + channel * plane + pixel.
+struct Rows {
+  int64_t sample;
+  int64_t first;
+  int64_t count;
+  int64_t columns;
+  int64_t plane;
+  int64_t at;
+  int64_t rms;
+
+  template <class Params>
+  Rows(const Params& p, int64_t item) : columns(p.width / 2), plane(p.height / 2 * columns) {
+    const int64_t out_height = p.height / 2;
+    const int64_t rows = halving_rows(p.width);
+    const int64_t items = (out_height + rows - 1) / rows;
+    sample = item / items;
+    first = item % items * rows;
+    count = min(rows, out_height - first);
+    at = sample * p.channels * plane + first * columns;
+    rms = sample * plane + first * columns;
+  }
+
+  /// Those of one channel and the fine rows they belong to: the last ones of an odd image with the odd row.
+  template <class Params>
+  ResampleParams image(const Params& p) const {
+    ResampleParams image{};
+    image.batch = 1;
+    image.channels = 1;
+    image.height = count;
+    image.width = columns;
+    image.out_height = 2 * count + (first + count == p.height / 2 ? p.height % 2 : 0);
+    image.out_width = p.width;
+    image.dtype = p.dtype;
+    image.filter = kMean;
+    image.taps = 2;
+    return image;
+  }
+
+  template <class Params>
+  int64_t fine(const Params& p, int64_t channel) const {
+    return ((sample * p.channels + channel) * p.height + 2 * first) * p.width;
+  }
+};
 
 template <class T>
-void planes_forward(const ResampleDownPixelNormParams& p, const RowPair& r, int64_t first, int64_t count,
-                    Compute<T>* __restrict scratch) {
+void planes_forward(const ResampleDownPixelNormParams& p, int64_t item) {
   using C = Compute<T>;
-  C squares[kColumns] = {};
+  const Rows r(p, item);
+  ResampleParams image = r.image(p);
+  std::swap(image.height, image.out_height);
+  std::swap(image.width, image.out_width);
   for (int64_t c = 0; c < p.channels; ++c) {
-    const T* __restrict top = as<T>(p.x) + r.fine + c * r.fine_plane + 2 * first;
-    const T* __restrict bottom = top + r.below;
-    C* __restrict mean = scratch + c * kColumns;
+    image.x = as<T>(p.x) + r.fine(p, c);
+    image.y = as<T>(p.y) + r.at + c * r.plane;
+    resample_down(image, 0, 1);
+  }
+  for (int64_t first = 0; first < r.count * r.columns; first += kBlock) {
+    const int64_t size = min(kBlock, r.count * r.columns - first);
+    T* __restrict means = as<T>(p.y) + r.at + first;
+    T* __restrict y_silu = as<T>(p.y_silu) + r.at + first;
+    C* __restrict rms = as<C>(p.rms) + r.rms + first;
+    C squares[kBlock] = {};
+    for (int64_t c = 0; c < p.channels; ++c) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      mean[i] =
-          C(0.25) * ((widen(top[2 * i]) + widen(bottom[2 * i])) + (widen(top[2 * i + 1]) + widen(bottom[2 * i + 1])));
-      squares[i] += mean[i] * mean[i];
+      for (int64_t i = 0; i < size; ++i) squares[i] += widen(means[c * r.plane + i]) * widen(means[c * r.plane + i]);
     }
-  }
-  C inv[kColumns];
-  C* __restrict rms = as<C>(p.rms) + r.rms + first;
+    C inv[kBlock];
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    rms[i] = std::sqrt(squares[i] / static_cast<C>(p.channels));
-    inv[i] = C(1) / (static_cast<C>(p.eps) + rms[i]);
-  }
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const int64_t at = r.coarse + c * r.coarse_plane + first;
-    T* __restrict y = as<T>(p.y) + at;
-    T* __restrict y_silu = as<T>(p.y_silu) + at;
-    const C* __restrict mean = scratch + c * kColumns;
+    for (int64_t i = 0; i < size; ++i) {
+      rms[i] = std::sqrt(squares[i] / static_cast<C>(p.channels));
+      inv[i] = C(1) / (static_cast<C>(p.eps) + rms[i]);
+    }
+    for (int64_t c = 0; c < p.channels; ++c) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const C v = mean[i] * inv[i];
-      y[i] = narrow<T>(v);
-      y_silu[i] = narrow<T>(math::mp_silu(v));
+      for (int64_t i = 0; i < size; ++i) {
+        const C v = widen(means[c * r.plane + i]) * inv[i];
+        means[c * r.plane + i] = narrow<T>(v);
+        y_silu[c * r.plane + i] = narrow<T>(math::mp_silu(v));
+      }
     }
   }
 }
 
+/// `scratch` and `grad_means` hold a value for every channel of the rows.
 template <class T>
-void planes_backward(const ResampleDownPixelNormBackwardParams& p, const RowPair& r, int64_t first, int64_t count,
-                     Compute<T>* __restrict scratch) {
+void planes_backward(const ResampleDownPixelNormBackwardParams& p, int64_t item, Compute<T>* __restrict scratch,
+                     T* __restrict grad_means) {
   using C = Compute<T>;
-  C dots[kColumns] = {};
+  const Rows r(p, item);
+  const int64_t pixels = r.count * r.columns;
+  for (int64_t first = 0; first < pixels; first += kBlock) {
+    const int64_t size = min(kBlock, pixels - first);
+    const T* __restrict grad_y = as<T>(p.grad_y) + r.at + first;
+    const T* __restrict grad_silu = as<T>(p.grad_silu) + r.at + first;
+    const T* __restrict y = as<T>(p.y) + r.at + first;
+    const C* __restrict rms = as<C>(p.rms) + r.rms + first;
+    C dots[kBlock] = {};
+    for (int64_t c = 0; c < p.channels; ++c) {
+      C* __restrict grad = scratch + c * kBlock;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        const C v = widen(y[c * r.plane + i]);
+        grad[i] = widen(grad_y[c * r.plane + i]) + widen(grad_silu[c * r.plane + i]) * math::mp_silu_grad(v);
+        dots[i] += grad[i] * v;
+      }
+    }
+    C inv[kBlock];
+    C coef[kBlock];
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      inv[i] = C(1) / (static_cast<C>(p.eps) + rms[i]);
+      coef[i] = math::normalize_grad_coef(dots[i], C(1), rms[i], static_cast<C>(p.channels));
+    }
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const C* __restrict grad = scratch + c * kBlock;
+      T* __restrict out = grad_means + c * pixels + first;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) out[i] = narrow<T>(grad[i] * inv[i] - widen(y[c * r.plane + i]) * coef[i]);
+    }
+  }
+  ResampleParams image = r.image(p);
   for (int64_t c = 0; c < p.channels; ++c) {
-    const int64_t at = r.coarse + c * r.coarse_plane + first;
-    const T* __restrict grad_y = as<T>(p.grad_y) + at;
-    const T* __restrict grad_silu = as<T>(p.grad_silu) + at;
-    const T* __restrict y = as<T>(p.y) + at;
-    C* __restrict grad = scratch + c * kColumns;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const C v = widen(y[i]);
-      grad[i] = widen(grad_y[i]) + widen(grad_silu[i]) * math::mp_silu_grad(v);
-      dots[i] += grad[i] * v;
-    }
-  }
-  C inv[kColumns];
-  C coef[kColumns];
-  const C* __restrict rms = as<C>(p.rms) + r.rms + first;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    inv[i] = C(0.25) / (static_cast<C>(p.eps) + rms[i]);
-    coef[i] = C(0.25) * math::normalize_grad_coef(dots[i], C(1), rms[i], static_cast<C>(p.channels));
-  }
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const T* __restrict y = as<T>(p.y) + r.coarse + c * r.coarse_plane + first;
-    const C* __restrict grad = scratch + c * kColumns;
-    T* __restrict top = as<T>(p.grad_x) + r.fine + c * r.fine_plane + 2 * first;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const T v = narrow<T>(grad[i] * inv[i] - widen(y[i]) * coef[i]);
-      top[2 * i] = v;
-      top[2 * i + 1] = v;
-    }
-    std::memcpy(top + r.below, top, static_cast<size_t>(2 * count) * sizeof(T));
-  }
-}
-
-/// The fine pixels of a row pair that belong to no coarse pixel have no gradient.
-template <class T>
-void clear_rest(const ResampleDownPixelNormBackwardParams& p, const RowPair& r) {
-  const int64_t first = r.has_coarse ? 2 * r.columns : 0;
-  const int64_t channels = r.step > 1 ? 1 : p.channels;  // NHWC: all channels of a pixel at once
-  for (int64_t row = 0; row < (r.has_below ? 2 : 1); ++row) {
-    for (int64_t c = 0; c < channels; ++c) {
-      T* at = as<T>(p.grad_x) + r.fine + row * r.below + c * r.fine_plane + first * r.step;
-      std::memset(at, 0, static_cast<size_t>((r.fine_columns - first) * r.step) * sizeof(T));
-    }
+    image.x = grad_means + c * pixels;
+    image.y = as<T>(p.grad_x) + r.fine(p, c);
+    resample_up(image, 0, 1);
   }
 }
 
@@ -217,13 +246,10 @@ void resample_down_pixel_norm(const ResampleDownPixelNormParams& p, int64_t begi
   with_type(p.dtype, [&]<class T>(T) {
     const Scratch<Compute<T>> scratch(p.channels);
     for (int64_t item = begin; item < end; ++item) {
-      const RowPair r(p, item, p.height / 2);
       if (p.channels_last) {
-        pixels_forward<T>(p, r, scratch.data);
-        continue;
-      }
-      for (int64_t first = 0; first < r.columns; first += kColumns) {
-        planes_forward<T>(p, r, first, min(kColumns, r.columns - first), scratch.data);
+        pixels_forward<T>(p, item, scratch.data);
+      } else {
+        planes_forward<T>(p, item);
       }
     }
   });
@@ -232,16 +258,12 @@ void resample_down_pixel_norm(const ResampleDownPixelNormParams& p, int64_t begi
 void resample_down_pixel_norm_backward(const ResampleDownPixelNormBackwardParams& p, int64_t begin, int64_t end) {
   with_type(p.dtype, [&]<class T>(T) {
     const Scratch<Compute<T>> scratch(p.channels);
+    const Scratch<T> grad_means(p.channels_last ? 0 : p.channels * (1 + p.width / 2 / kBlock));
     for (int64_t item = begin; item < end; ++item) {
-      const RowPair r(p, item, (p.height + 1) / 2);
-      clear_rest<T>(p, r);
-      if (!r.has_coarse) continue;
       if (p.channels_last) {
-        pixels_backward<T>(p, r, scratch.data);
-        continue;
-      }
-      for (int64_t first = 0; first < r.columns; first += kColumns) {
-        planes_backward<T>(p, r, first, min(kColumns, r.columns - first), scratch.data);
+        pixels_backward<T>(p, item, scratch.data);
+      } else {
+        planes_backward<T>(p, item, scratch.data, grad_means.data);
       }
     }
   });

@@ -5,12 +5,12 @@ namespace {
 
 void forward_on_cpu(ResampleDownPixelNormParams& params, const View& x, const char* op) {
   params.dtype = cpu_dtype_of(x, op, "x");
-  run_cpu(cpu::resample_down_pixel_norm, params, params.batch * (params.height / 2), x.numel);
+  run_cpu(cpu::resample_down_pixel_norm, params, cpu::halving_items(params, false), x.numel);
 }
 
 void backward_on_cpu(ResampleDownPixelNormBackwardParams& params, const View& y, const char* op) {
   params.dtype = cpu_dtype_of(y, op, "y");
-  run_cpu(cpu::resample_down_pixel_norm_backward, params, params.batch * ((params.height + 1) / 2),
+  run_cpu(cpu::resample_down_pixel_norm_backward, params, cpu::halving_items(params, true),
           params.batch * params.channels * params.height * params.width);
 }
 

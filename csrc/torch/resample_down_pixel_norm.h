@@ -48,6 +48,7 @@ Tensor resample_down_pixel_norm_backward(const Tensor& grad, const Tensor& grad_
                                          const Tensor& rms_, double eps, int64_t height, int64_t width) {
   const char* op = "resample_down_pixel_norm_backward";
   const View y = dense(y_);
+  EDM2_CHECK(height > 1 && width > 1, op, "height, width", "expected at least 2, got ", height, " and ", width);
   EDM2_CHECK(y.dim == 4 && y.sizes[2] == height / 2 && y.sizes[3] == width / 2, op, "y",
              "expected the result for height ", height, " and width ", width, ", got shape ", y.shape());
   const View grad_y = gradient_like(grad, y, op, "grad");

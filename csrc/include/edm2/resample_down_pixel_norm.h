@@ -37,7 +37,16 @@ struct ResampleDownPixelNormBackwardParams {
 };
 
 namespace cpu {
-/// Work items are rows of y (batch * (height / 2)); backward: pairs of rows of x (batch * ((height + 1) / 2)).
+/// Work items are rows of y, or, contiguous, as many rows as have about kHalvingBlock pixels; backward, channels_last:
+/// pairs of rows of x.
+constexpr int64_t kHalvingBlock = 64;
+constexpr int64_t halving_rows(int64_t width) { return width / 2 < kHalvingBlock ? kHalvingBlock / (width / 2) : 1; }
+template <class Params>
+constexpr int64_t halving_items(const Params& params, bool backward) {
+  const int64_t rows = params.height / 2;
+  if (params.channels_last) return params.batch * (backward ? (params.height + 1) / 2 : rows);
+  return params.batch * ((rows + halving_rows(params.width) - 1) / halving_rows(params.width));
+}
 void resample_down_pixel_norm(const ResampleDownPixelNormParams& params, int64_t begin, int64_t end);
 void resample_down_pixel_norm_backward(const ResampleDownPixelNormBackwardParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
