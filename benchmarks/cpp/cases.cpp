@@ -230,7 +230,8 @@ void mp_fourier(Table& table) {
   const int64_t batch = table.size == Size::kSmall ? 9 : 256;
   const int64_t channels = table.size == Size::kSmall ? 35 : 192;
   for (const DType dtype : table.dtypes()) {
-    const std::string label = " " + std::to_string(batch) + "x" + std::to_string(channels) + " " + name_of(dtype);
+    const std::string label =
+        std::string(" ") + std::to_string(batch) + "x" + std::to_string(channels) + " " + name_of(dtype);
     const Buffer x{batch, dtype, true};
     const Buffer buffer{channels, DType::kFloat32, true};
     const Buffer grad_x{batch, dtype, false};
@@ -271,7 +272,7 @@ void accumulate_snapshots(Table& table) {
       std::vector<Buffer> buffers(static_cast<size_t>(num_inputs), {numel, DType::kFloat16, true});
       buffers.push_back({num_outputs * numel, DType::kFloat32, true});
       table.add(
-          "accumulate_snapshots " + std::to_string(num_inputs) + " -> " + std::to_string(num_outputs) +
+          std::string("accumulate_snapshots ") + std::to_string(num_inputs) + " -> " + std::to_string(num_outputs) +
               (compensated ? " compensated" : ""),
           buffers,
           [=, num_inputs = num_inputs, num_outputs = num_outputs](const Pointers& p) {
