@@ -109,6 +109,18 @@ class PreparedWeights:
         self.effective: list[Tensor] | None = None
         self.dtypes = [dtype if isinstance(layer, MPConv) else linear_dtype for layer in self.layers]
 
+    @property
+    def gain_of(self) -> dict[nn.Parameter, Tensor]:
+        """The gains that are tensors, by the weights they multiply: the argument `gains` of `optim.FusedAdam`."""
+        pairs = zip(self.layers, self.gains, strict=True)
+        return {layer.weight: gain for layer, gain in pairs if isinstance(gain, Tensor)}
+
+    @property
+    def effective_of(self) -> dict[nn.Parameter, Tensor]:
+        """What the last `refresh` made, by the weights it was made of: the argument `prepared` of `optim.FusedAdam`."""
+        pairs = zip(self.layers, self.effective or (), strict=bool(self.effective))
+        return {layer.weight: effective for layer, effective in pairs}
+
     def refresh(self, force: bool = False) -> None:
         """Make the effective weights of the present weights and gains; with `force`, of the weights force-normalised
         first, in place (2.6 step 2)."""

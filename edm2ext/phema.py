@@ -157,11 +157,11 @@ class PowerEMA:
 
     def update(self, nimg_next: int, batch: int) -> None:
         """Take in the parameters after an optimizer step of `batch` images that ended at `nimg_next` images."""
-        ops.ema_update_(
-            self.profiles,
-            self.params,
-            (1 - power_beta(nimg_next, batch, self.sigma_rels)).tolist(),
-        )
+        ops.ema_update_(self.profiles, self.params, self.weights(nimg_next, batch))
+
+    def weights(self, nimg_next: int, batch: int) -> list[float]:
+        """1 - beta of each profile: how much of the parameters `update` takes in (Eq. 127)."""
+        return (1 - power_beta(nimg_next, batch, self.sigma_rels)).tolist()
 
     def state_dict(self) -> dict[str, list]:
         """The widths and the averages themselves (not copies)."""

@@ -9,6 +9,7 @@ from typing import Any
 from python_train import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+FORCE_NORMALIZE = ("forward", "step")
 _SUFFIXES = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -63,7 +64,7 @@ class TrainOptions:
     rampup: int = 10_000_000
     precision: str = "fp16"
     loss_scaling: float = 1.0
-    force_finite: bool = True
+    force_normalize: str = "forward"
     sigma_rels: tuple[float, ...] = (0.050, 0.100)
     seed: int = 0
     status: int = 128 * 2**10
@@ -108,6 +109,8 @@ class TrainOptions:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.force_normalize not in FORCE_NORMALIZE:
+            raise UserError(f"force_normalize must be one of {', '.join(FORCE_NORMALIZE)}, got {self.force_normalize!r}")
         self.rounds(world_size)
         for name in ("duration", "slice", "status", "snapshot", "checkpoint"):
             value = getattr(self, name)

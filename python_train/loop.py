@@ -22,6 +22,7 @@ import torch
 import tqdm
 from torch import Tensor
 
+from edm2ext.optim import FusedAdam
 from edm2ext.phema import PowerEMA
 from python_train import UserError, checkpoint, config, data, rng
 from python_train.config import TrainOptions
@@ -110,7 +111,10 @@ def learning_rate(nimg: int, batch: int, lr: float, decay: float, rampup: float)
 class Trainer:
     """A network with what one optimizer step needs: loss, encoder, Adam, power EMAs, and counters of the reports.
 
-    The network is trained in place. ``nimg`` is the number of images seen so far.
+    The network is trained in place. ``nimg`` is the number of images seen so far. Gradients are accumulated and reduced
+    as those of effective weights; the optimizer's pass makes those of the weights and gains of them, once a step (spec
+    2.6). Weights are force-normalised by the weight pass before every forward, or with ``options.force_normalize``
+    "step" by the optimizer's pass, which then makes the next forward's effective weights as well.
     """
 
     def __init__(
@@ -128,9 +132,10 @@ class Trainer:
         self.net.compute_dtype = COMPUTE_DTYPES[options.precision]
         self.names = [name for name, _ in net.named_parameters()]
         self.params = list(net.parameters())
-        self.prepared = net.prepared_weights()
+        self.prepared = net.prepared_weights(gradients="effective")
+        for gain in self.prepared.gain_of.values():
+            gain.requires_grad_(False)  # the optimizer makes its gradient of its weight's
         self.loss = EDM2Loss(options.P_mean, options.P_std, net.sigma_data)
-        self.optimizer = torch.optim.Adam(self.params, lr=options.lr, betas=(0.9, 0.99), eps=1e-8, fused=True)
         self.ddp: torch.nn.Module = net
         if self.world.size > 1:
             for buffer in net.buffers():
@@ -141,11 +146,22 @@ class Trainer:
             no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             self.ddp = ddp(net, device_ids=devices, **no_sync)
         self.ema = PowerEMA(self.params, options.sigma_rels)
+        self.normalize_in_step = options.force_normalize == "step"
+        self.prepared.refresh(force=self.normalize_in_step)
+        self.optimizer = FusedAdam(
+            net,
+            options.lr,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            gains=self.prepared.gain_of,
+            gradients="effective",
+            ema=self.ema,
+            force_normalize=self.normalize_in_step,
+            prepared=self.prepared.effective_of if self.normalize_in_step else None,
+        )
         self.nimg = 0
         self.lr = 0.0
         self.loss_sum = torch.zeros([2], dtype=torch.float64, device=self.world.device)
-        self.nonfinite_steps = 0
-        self.nonfinite_first: str | None = None
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step over ``options.batch`` images (spec 4.8, item 4)."""
@@ -158,15 +174,14 @@ class Trainer:
         self.lr = learning_rate(self.nimg, options.batch, options.lr, options.decay, options.rampup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self._sanitize_gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.nimg += options.batch
-        self.ema.update(self.nimg, options.batch)
+        self.optimizer.step(self.ema.weights(self.nimg, options.batch))
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulate(self, stored: Tensor, labels: Tensor) -> None:
         """Add the gradient of one micro-batch (spec 4.1)."""
-        self.prepared.refresh(force=True)
+        if not self.normalize_in_step:
+            self.prepared.refresh(force=True)
         with self.prepared:
             loss = self.loss(self.ddp, self.encoder.encode(stored), labels)
             total = loss.sum()
@@ -175,21 +190,9 @@ class Trainer:
         finite = mean.isfinite()
         self.loss_sum += torch.stack([torch.where(finite, mean, 0), finite])
 
-    def _sanitize_gradients(self) -> None:
-        """Replace NaN and infinite gradient elements by 0 and remember where they were first seen (spec 4.2)."""
-        grads = [param.grad for param in self.params]
-        if torch.stack(torch._foreach_norm(grads)).isfinite().all():  # one fast pass; huge values may overflow it
-            return
-        index = next((i for i, grad in enumerate(grads) if not grad.isfinite().all()), None)
-        if index is None:
-            return
-        self.nonfinite_steps += 1
-        if self.nonfinite_first is None:
-            count = int(grads[index].isfinite().logical_not().sum())
-            self.nonfinite_first = f"{self.names[index]} ({count} elements) at {self.nimg} images"
-        if self.options.force_finite:
-            for grad in grads:
-                torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=grad)
+    def nonfinite(self) -> dict[str, int]:
+        """How many gradient values of which parameter were not finite so far and counted as 0 (spec 4.2)."""
+        return {name: n for name, n in zip(self.names, self.optimizer.nonfinite.tolist(), strict=True) if n}
 
     def mean_loss(self) -> float:
         """Mean loss per element since the last call, over all processes; NaN if there was no finite one."""
@@ -204,8 +207,7 @@ class Trainer:
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
-            "nonfinite_steps": self.nonfinite_steps,
-            "nonfinite_first": self.nonfinite_first,
+            "nonfinite": self.optimizer.nonfinite,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,9 +215,9 @@ class Trainer:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
+        self.optimizer.nonfinite.copy_(state["nonfinite"])
+        self.prepared.refresh()
         self.nimg = state["nimg"]
-        self.nonfinite_steps = state["nonfinite_steps"]
-        self.nonfinite_first = state["nonfinite_first"]
 
 
 # -------------------------------------------------------------------------------------------------------- run directory
@@ -480,7 +482,7 @@ class _Reporter:
         self.start = self.tick_start = self.maintenance_start = time.monotonic()
         self.maintenance = 0.0
         self.tick_nimg = trainer.nimg
-        self.nonfinite_reported = trainer.nonfinite_steps
+        self.nonfinite_reported = trainer.nonfinite()
 
     def elapsed(self) -> float:
         return self.before + time.monotonic() - self.start
@@ -495,6 +497,7 @@ class _Reporter:
         """Report what happened since the last call; returns the mean loss."""
         trainer, now = self.trainer, time.monotonic()
         loss = trainer.mean_loss()
+        nonfinite = trainer.nonfinite()
         sec_per_tick = now - self.tick_start
         nimg = trainer.nimg
         stats = {
@@ -508,7 +511,7 @@ class _Reporter:
             "Resources/cpu_mem_gb": _resident_bytes() / 2**30,
             "Resources/peak_gpu_mem_gb": 0.0,
             "Resources/peak_gpu_mem_reserved_gb": 0.0,
-            "Loss/nonfinite_steps": trainer.nonfinite_steps,
+            "Loss/nonfinite_gradients": sum(nonfinite.values()),
             "timestamp": time.time(),
         }
         if self.world.device.type == "cuda":
@@ -517,14 +520,16 @@ class _Reporter:
             torch.cuda.reset_peak_memory_stats()
         if self.run is not None:
             self.run.log(_status_line(stats))
-            if trainer.nonfinite_steps > self.nonfinite_reported:
-                action = "replaced by 0" if trainer.options.force_finite else "used as they are"
+            new = {name: n - self.nonfinite_reported.get(name, 0) for name, n in nonfinite.items()}
+            where = [f"{name} ({n})" for name, n in new.items() if n]
+            if where:
+                others = f" and {len(where) - 3} other parameters" if len(where) > 3 else ""
                 self.run.log(
-                    f"WARNING: non-finite gradients in {trainer.nonfinite_steps} steps so far, {action}; "
-                    f"first in {trainer.nonfinite_first}"
+                    f"WARNING: gradient values that were not finite since {self.tick_nimg:,} images, counted as 0: "
+                    f"{', '.join(where[:3])}{others}"
                 )
             self.run.append_stats({key: float(_format(key, value)) for key, value in stats.items()})
-        self.nonfinite_reported = trainer.nonfinite_steps
+        self.nonfinite_reported = nonfinite
         self.tick_start, self.tick_nimg = now, nimg
         self.maintenance, self.maintenance_start = 0.0, now
         return loss

@@ -12,7 +12,7 @@ import torch
 
 import edm2ext
 from python_train import UserError, config, data, loop
-from python_train.config import PRECISIONS, PRESETS, TrainOptions
+from python_train.config import FORCE_NORMALIZE, PRECISIONS, PRESETS, TrainOptions
 
 # What the presets' names say they are for; a dry run without --data counts on it (spec 1.1, 1.2).
 _NOMINAL_DATA = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
@@ -79,6 +79,8 @@ the intervals may be changed freely then; anything else is refused with the diff
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the network's main path; fp16 means "
               "fp32 on a CPU. [fp16]")  # fmt: skip
 @click.option("--loss-scaling", type=float, help="Constant factor on the loss. [1]")
+@click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude before every "
+              "forward pass, as published, or within the optimizer's step: a pass over the weights less. [forward]")  # fmt: skip
 @click.option("--seed", type=int, help="Seed of everything random. [0]")
 @click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")

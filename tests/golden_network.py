@@ -44,7 +44,7 @@ class Golden:
         net.load_state_dict(self.state("state0"))
         return net
 
-    def trainer(self, device: torch.device | str = "cpu") -> Trainer:
+    def trainer(self, device: torch.device | str = "cpu", force_normalize: str = "forward") -> Trainer:
         lr = self.meta["lr"]
         options = TrainOptions(
             P_mean=self.meta["P_mean"],
@@ -55,6 +55,7 @@ class Golden:
             rampup=round(lr["rampup_Mimg"] * 1e6),
             sigma_rels=tuple(self.meta["ema_stds"]),
             precision="fp32",
+            force_normalize=force_normalize,
         )
         return Trainer(self.network().to(device), options, encoder=Identity())
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edm2ext import ops
 from python_train import UserError, checkpoint, data, loop
 from python_train.config import TrainOptions, make_options
 from python_train.loop import RunDir, Trainer, World, learning_rate, stop_point, train
@@ -144,9 +145,8 @@ def test_accumulation_is_the_same_mathematics() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("force_finite", [True, False])
-def test_nonfinite_gradients(force_finite: bool) -> None:
-    t = trainer(force_finite=force_finite)
+def test_nonfinite_gradients() -> None:
+    t = trainer()
     stream = random_batches(64)
     t.step(stream)
     target = t.net.unet.enc["8x8_block0"].conv_res1.weight
@@ -155,19 +155,34 @@ def test_nonfinite_gradients(force_finite: bool) -> None:
     target.register_hook(lambda grad: grad + spoiled)
     t.step(stream)
     t.step(stream)
-    assert t.nonfinite_steps == 2
-    assert t.nonfinite_first == "unet.enc.8x8_block0.conv_res1.weight (3 elements) at 64 images"
-    assert all(param.isfinite().all() for param in t.params) == force_finite
+    assert t.nonfinite() == {"unet.enc.8x8_block0.conv_res1.weight": 6}
+    assert all(param.isfinite().all() for param in t.params)
     again = trainer()
     again.load_state_dict(t.state_dict())
-    assert again.nonfinite_first == t.nonfinite_first
+    assert again.nonfinite() == t.nonfinite()
 
 
 def test_huge_gradients_are_finite() -> None:
     t = trainer()
     t.net.unet.out_conv.weight.register_hook(lambda grad: torch.full_like(grad, 1e30))
     t.step(random_batches(64))
-    assert t.nonfinite_steps == 0
+    assert not t.nonfinite()
+
+
+def test_normalised_in_the_step_means_the_same() -> None:
+    """Weights are normalised after each step instead of before each forward pass: the same losses, and the same network
+    once both are normalised."""
+    trainers = [trainer(force_normalize=mode, batch_gpu=32, rampup=0, dropout=0.0) for mode in ("forward", "step")]
+    losses = []
+    for t in trainers:
+        stream = random_batches(32)
+        for _ in range(4):
+            t.step(stream)
+            losses.append(t.mean_loss())
+        ops.force_normalize_([layer.weight for layer in t.prepared.layers])
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-5)
+    for a, b in zip(trainers[0].params, trainers[1].params, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 def test_mean_loss_ignores_nonfinite_samples() -> None:
@@ -233,7 +248,7 @@ def test_status_and_checkpoint_files(tmp_path: Path) -> None:
     assert first.keys() == {
         "Loss/loss",
         "Loss/learning_rate",
-        "Loss/nonfinite_steps",
+        "Loss/nonfinite_gradients",
         "Progress/kimg",
         "Timing/total_sec",
         "Timing/sec_per_tick",
@@ -259,10 +274,8 @@ def test_nonfinite_warning_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     at = loop.EDM2Loss.at
     monkeypatch.setattr(loop.EDM2Loss, "at", lambda self, *args: at(self, *args) * math.inf)
     run(dataclasses.replace(TINY, duration=1024, checkpoint=0, snapshot=0), tmp_path / "run")
-    assert (
-        "WARNING: non-finite gradients in 8 steps so far, replaced by 0; first in unet.out_gain"
-        in (tmp_path / "run" / "log.txt").read_text()
-    )
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "WARNING: gradient values that were not finite since 0 images, counted as 0: unet.emb_noise.weight (" in log
 
 
 def test_only_the_newest_states_are_kept(tmp_path: Path) -> None:
@@ -312,13 +325,13 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, nimg: int) -> None:
     monkeypatch.setattr(Trainer, "step", crashing)
 
 
-@pytest.mark.parametrize("batch_gpu", [None, 32])
+@pytest.mark.parametrize("changed", [{}, {"batch_gpu": 32}, {"force_normalize": "step"}])
 def test_crash_and_resume_is_bit_exact(
-    uninterrupted: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_gpu: int | None
+    uninterrupted: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object]
 ) -> None:
     options, expected = TINY, uninterrupted
-    if batch_gpu:
-        options = dataclasses.replace(TINY, batch_gpu=batch_gpu, duration=2048)
+    if changed:
+        options = dataclasses.replace(TINY, **changed, duration=2048)
         run(options, tmp_path / "whole")
         expected = final_files(tmp_path / "whole")
     with monkeypatch.context() as patch:
