@@ -17,10 +17,11 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: `work` is run under each backend in turn."""
+    """One row: `work` is run under each backend in turn; or `plain`, if given, instead of it under "reference"."""
 
     name: str
     work: Work
+    plain: Work | None = None
 
 
 def forward(function: Callable[..., object], *args: object) -> Work:

@@ -26,14 +26,15 @@ def cpu_name() -> str:
 
 
 def measure(case: op_cases.Case, rounds: int, block_seconds: float) -> Comparison:
-    def under(backend: str) -> op_cases.Work:
+    def under(backend: str, work: op_cases.Work) -> op_cases.Work:
         def run() -> None:
             with edm2ext.set_backend(backend):
-                case.work()
+                work()
 
         return run
 
-    return compare(under("reference"), under("native"), rounds=rounds, block_seconds=block_seconds)
+    baseline = under("reference", case.plain or case.work)
+    return compare(baseline, under("native", case.work), rounds=rounds, block_seconds=block_seconds)
 
 
 @click.command(help=__doc__)

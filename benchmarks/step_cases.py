@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.op_cases import Case
-from edm2ext import set_backend
+from benchmarks.plain_step import PlainTrainer
 from python_train.config import TrainOptions, make_options
 from python_train.data import PixelEncoder
 from python_train.loop import Trainer
@@ -17,24 +17,28 @@ BENCHMARK_16 = TrainOptions(
 )
 
 
-def trainer(options: TrainOptions, resolution: int, channels: int, label_dim: int) -> Trainer:
-    """A trainer whose gains are set so that every path carries a signal."""
+def network(options: TrainOptions, resolution: int, channels: int, label_dim: int = 10) -> Precond:
+    """A network whose gains are set so that every path carries a signal."""
     torch.manual_seed(0)
     net = Precond(**options.network_config(resolution, channels, label_dim))
     for name, param in net.named_parameters():
         if name.endswith("gain"):
             torch.nn.init.constant_(param, 0.5)
-    return Trainer(net, options, PixelEncoder())
+    return net
 
 
 def step_case(name: str, options: TrainOptions, resolution: int, channels: int) -> Case:
-    training = trainer(options, resolution, channels, label_dim=10)
+    native, plain = (
+        kind(network(options, resolution, channels), options, PixelEncoder()) for kind in (Trainer, PlainTrainer)
+    )
     images = torch.randint(256, [options.batch, channels, resolution, resolution], dtype=torch.uint8)
     labels = torch.eye(10)[torch.arange(options.batch) % 10]
     batches = itertools.repeat((images, labels))
-    params = sum(p.numel() for p in training.params) / 1e6
+    params = sum(p.numel() for p in native.params) / 1e6
     return Case(
-        f"training step, {name}, {params:.2f} M parameters, {options.precision}", lambda: training.step(batches)
+        f"training step, {name}, {params:.2f} M parameters, {options.precision}",
+        lambda: native.step(batches),
+        plain=lambda: plain.step(batches),
     )
 
 
@@ -45,5 +49,4 @@ def all_cases() -> Iterator[Case]:
 
 def network_weights() -> list[torch.Tensor]:
     """The weight tensors of the 16×16 network, for the multi-tensor rows."""
-    with set_backend("reference"):
-        return [layer.weight.detach() for layer in trainer(BENCHMARK_16, 16, 3, label_dim=10).prepared.layers]
+    return [layer.weight.detach() for layer in network(BENCHMARK_16, 16, 3).prepared_weights().layers]

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import edm2ext
+from benchmarks.plain_step import PlainTrainer
 from edm2ext import _library, reference
 from python_train.config import PRESETS, make_options
 from python_train.loop import COMPUTE_DTYPES, Trainer, World
@@ -217,7 +218,10 @@ def count_step(preset: str, batch: int, dtype: str | None = None, backend: str =
     with torch.device("meta"), edm2ext.set_backend(backend), _adam_takes_meta():
         net = Precond(**options.network_config(resolution, channels, label_dim))
         encoded = SimpleNamespace(encode=lambda images: images)
-        trainer = Trainer(net, options, encoded, World(device=torch.device("meta")))
+        if backend == "native":
+            trainer = Trainer(net, options, encoded, World(device=torch.device("meta")))
+        else:
+            trainer = PlainTrainer(net, options, encoded)
         batches = itertools.repeat(
             (torch.empty(batch, channels, resolution, resolution), torch.empty(batch, label_dim))
         )

@@ -283,4 +283,4 @@ class FusedAdam(torch.optim.Optimizer):
 def _new_state(param: Tensor) -> dict[str, Tensor]:
     """What torch.optim.Adam keeps for a parameter."""
     zeros = [torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False) for _ in range(2)]
-    return {"step": torch.zeros(()), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+    return {"step": torch.zeros((), device="cpu"), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}

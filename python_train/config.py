@@ -110,7 +110,9 @@ class TrainOptions:
         if self.precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.force_normalize not in FORCE_NORMALIZE:
-            raise UserError(f"force_normalize must be one of {', '.join(FORCE_NORMALIZE)}, got {self.force_normalize!r}")
+            raise UserError(
+                f"force_normalize must be one of {', '.join(FORCE_NORMALIZE)}, got {self.force_normalize!r}"
+            )
         self.rounds(world_size)
         for name in ("duration", "slice", "status", "snapshot", "checkpoint"):
             value = getattr(self, name)

@@ -79,8 +79,8 @@ the intervals may be changed freely then; anything else is refused with the diff
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the network's main path; fp16 means "
               "fp32 on a CPU. [fp16]")  # fmt: skip
 @click.option("--loss-scaling", type=float, help="Constant factor on the loss. [1]")
-@click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude before every "
-              "forward pass, as published, or within the optimizer's step: a pass over the weights less. [forward]")  # fmt: skip
+@click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude "
+              "before every forward pass, as published, or within the optimizer's step. [forward]")  # fmt: skip
 @click.option("--seed", type=int, help="Seed of everything random. [0]")
 @click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")
