@@ -3,6 +3,7 @@
 
 #include "edm2/accumulate_snapshots.h"
 #include "edm2/adam_step.h"
+#include "edm2/conv_weight_grad.h"
 #include "edm2/cosine_attention.h"
 #include "edm2/ema_update.h"
 #include "edm2/mp_cat.h"
@@ -37,6 +38,7 @@
   KERNEL(normalize_weight_backward, NormalizeWeightBackwardParams, "float32 float64 bfloat16")               \
   KERNEL(qkv_norm, QKVNormParams, "float32 float64 bfloat16")                                                \
   KERNEL(qkv_norm_backward, QKVNormBackwardParams, "float32 float64 bfloat16")                               \
+  KERNEL(conv_weight_grad, ConvWeightGradParams, "float32")                                                  \
   KERNEL(ema_update, EMAUpdateParams, "float32 float64 bfloat16")                                            \
   KERNEL(adam_step, AdamStepParams, "float32 float64")                                                       \
   KERNEL(accumulate_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")

@@ -61,6 +61,9 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("qkv_norm(Tensor qkv, int heads, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("qkv_norm_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, int heads, float eps) -> Tensor");
 
+  // conv_weight_grad
+  m.def("conv_weight_grad(Tensor grad, Tensor x, int kernel_size) -> Tensor");
+
   // ema_update
   m.def("ema_update_(Tensor(a!)[] emas, Tensor[] params, float[] weights) -> ()");
 

@@ -84,6 +84,10 @@ def arguments(name: str, r: Make) -> list[tuple]:
             (*[r(2, 2, 20, 1) for _ in range(3)], x, 2, 1e-4),
             (*[expanded(r(2, 1, 20, 2))] * 3, y, 1, 1e-4),
         ],
+        "conv_weight_grad": [
+            (r(2, 3, 4, 5), r(2, 8, 4, 5), 3),
+            (expanded(r(2, 3, 4, 5)), channels_last(r(2, 8, 4, 5)), 1),
+        ],
         "ema_update_": [([r(3).detach(), r(2, 4).detach()] * 2, [r(3), r(2, 4)], [0.1, 0.5])],
         "accumulate_snapshots_": [
             (r(3, 5).detach(), [r(5), r(5)], torch.randn(2, 3, dtype=torch.float64), compensated)
@@ -110,7 +114,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 37
+    assert len(NAMES) == 38
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
