@@ -11,9 +11,9 @@ from torch import Tensor
 
 import edm2ext
 from benchmarks import traffic
-from benchmarks.traffic import Counter, Key, Traffic, counting
 from edm2ext import ops
 from edm2ext.nn import MPConv, MPLinear
+from edm2ext.traffic import PHASES, Key, Traffic, counting
 from python_train.config import make_options
 from python_train.network import Precond
 
@@ -32,7 +32,7 @@ def x() -> Tensor:
     return meta(2, 3, 4, 4)
 
 
-def counted(counter: Counter) -> dict[str, tuple[str, int, int, int]]:
+def counted(counter: traffic.Counter) -> dict[str, tuple[str, int, int, int]]:
     """{op: (kind, launches, bytes read, bytes written)}."""
     return {key.op: (key.kind, row.launches, row.read, row.written) for key, row in counter.rows.items()}
 
@@ -187,7 +187,7 @@ def test_a_step_multiplies_by_every_weight_once(name: str):
 @needs_kernels
 def test_native_launches_and_moves_less():
     plain, native = (traffic.count_step("digits", 4, "fp16", name) for name in ("reference", "native"))
-    for phase in traffic.PHASES:
+    for phase in PHASES:
         assert native.total(phase=phase).launches < plain.total(phase=phase).launches
     assert native.total(phase="forward").bytes < plain.total(phase="forward").bytes
 
