@@ -11,7 +11,7 @@ import click
 import torch
 
 import edm2ext
-from python_train import UserError, config, data, loop
+from python_train import UserError, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PRECISIONS, PRESETS, TrainOptions
 
 # What the presets' names say they are for; a dry run without --data counts on it (spec 1.1, 1.2).
@@ -86,6 +86,8 @@ the intervals may be changed freely then; anything else is refused with the diff
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")
 @click.option("--checkpoint", type=_ImageCount(), help="Interval of training states; 0 = off. [128Mi]")
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+@click.option("--gpu", type=click.Choice(list(plan.GPUS)), help="With --dry-run: predict speed and memory for "
+              "this GPU. [the one at hand]")  # fmt: skip
 @click.option("--override", is_flag=True, help="Continue a run although options have changed.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan and stop; writes nothing.")
 @click.pass_context
@@ -94,6 +96,7 @@ def main(
     outdir: Path | None,
     preset: str | None,
     device: str | None,
+    gpu: str | None,
     override: bool,
     dry_run: bool,
     **given: Any,
@@ -118,7 +121,9 @@ def main(
             nominal = _NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
             dataset = None if nominal else data.open_dataset(options.data, options.cond)
             if world.rank == 0:
-                _print_plan(options, preset, outdir, world, dataset or nominal)
+                shape = _print_settings(options, preset, outdir, world, dataset or nominal)
+                if dry_run:
+                    _print_prediction(options, plan.GPUS[gpu] if gpu else plan.gpu_at_hand(world.device), world, *shape)
             if dry_run or dataset is None:
                 return
             show_progress = is_demo or sys.stderr.isatty()
@@ -142,14 +147,15 @@ def main(
         raise click.ClickException("interrupted; the same command continues from the latest training state") from None
 
 
-def _print_plan(
+def _print_settings(
     options: TrainOptions,
     preset: str | None,
     outdir: Path,
     world: loop.World,
     dataset: data.Dataset | tuple[int, int, int],
-) -> None:
-    """What is going to happen, in a dozen lines; ``dataset`` may be just (resolution, channels, label_dim)."""
+) -> tuple[int, int, int, int]:
+    """What is going to happen, in a dozen lines; ``dataset`` may be just (resolution, channels, label_dim). Returns
+    these and the number of parameters."""
     if isinstance(dataset, tuple):
         resolution, channels, label_dim = dataset
         label_dim = label_dim if options.cond else 0
@@ -183,9 +189,32 @@ def _print_plan(
         "precision": options.precision if computed == options.precision else f"{options.precision} (here: {computed})",
         "seed": str(options.seed),
         "files": f"{outdir}: {every}",
+        "disk": plan.describe_disk(options, parameters, loop.STATES_KEPT),
         "device": _device_text(world.device),
         "torch": f"{torch.__version__}; ops: {ops}",
     }.items():
+        click.echo(f"{name:<10}{text}")
+    return resolution, channels, label_dim, parameters
+
+
+def _print_prediction(
+    options: TrainOptions,
+    gpu: plan.GPU | None,
+    world: loop.World,
+    resolution: int,
+    channels: int,
+    label_dim: int,
+    parameters: int,
+) -> None:
+    if gpu is None:
+        click.echo(f"predicted nothing without a GPU that is known; name one: --gpu {'|'.join(plan.GPUS)}")
+        return
+    try:
+        found = plan.predict(options, gpu, world.size, resolution, channels, label_dim, parameters)
+    except RuntimeError as error:
+        click.echo(f"predicted nothing: {error}")
+        return
+    for name, text in plan.describe(found, options):
         click.echo(f"{name:<10}{text}")
 
 

@@ -1,0 +1,242 @@
+"""What a run will take: arithmetic, memory traffic, memory, time and disk, predicted without a GPU for a dry run.
+
+One round of a training step runs on meta tensors, which counts its arithmetic, its traffic and what it keeps for the
+backward pass. Times are predictions: products at 70 % of the GPU's peak and all other traffic at 90 % of its bandwidth,
+which single kernels were seen to reach on an H200 (700 of 989 TFLOP/s, 4.3 of 4.8 TB/s), one after the other, and no
+waiting in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import edm2ext
+from edm2ext.traffic import Counter, counting
+from python_train.config import TrainOptions
+from python_train.loop import COMPUTE_DTYPES, Trainer, World
+from python_train.network import Precond
+
+PEAK_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
+FREE_MEMORY = 0.92  # of the GPU's, left by its driver, the allocator's gaps and the workspaces of libraries
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU's data sheet: memory in GiB, dense TFLOP/s with 16-bit inputs and in fp32, memory bandwidth in TB/s."""
+
+    name: str
+    memory: float
+    tflops_16: float
+    tflops_32: float
+    bandwidth: float
+
+    def tflops(self, precision: str) -> float:
+        return self.tflops_32 if precision == "fp32" else self.tflops_16
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("A100-40GB", 40, 312, 19.5, 1.555),
+        GPU("A100-80GB", 80, 312, 19.5, 2.039),
+        GPU("H100", 80, 989, 66.9, 3.35),
+        GPU("H200", 141, 989, 66.9, 4.8),
+        GPU("L40S", 48, 362, 91.6, 0.864),
+        GPU("RTX-3090", 24, 71, 35.6, 0.936),
+        GPU("RTX-4090", 24, 165, 82.6, 1.008),
+    )
+}
+
+
+def gpu_at_hand(device: torch.device) -> GPU | None:
+    """The GPU that a device is, if its data sheet is known here."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.name.replace(" ", "-")
+    fitting = [gpu for gpu in GPUS.values() if gpu.name.split("-")[-1 if "RTX" in gpu.name else 0] in name]
+    return min(fitting, key=lambda gpu: abs(gpu.memory - properties.total_memory / 2**30), default=None)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One accumulation round of ``images`` images on one GPU, counted on meta tensors."""
+
+    images: int
+    flops: int
+    launches: int
+    bytes: int  # outside of products; weight pass included
+    bytes_of_products: int
+    saved: int  # kept between the forward and the backward pass, parameters and effective weights not counted
+    optimizer_launches: int
+    optimizer_bytes: int
+
+
+def count_rounds(
+    options: TrainOptions, resolution: int, channels: int, label_dim: int, sizes: Sequence[int]
+) -> list[Round]:
+    """Count a round of each size and the optimizer's pass. Raises RuntimeError if the library has no CUDA kernels."""
+    if not edm2ext.build_info()["cuda_compiled"]:
+        raise RuntimeError("the library holds no CUDA kernels, so their traffic cannot be counted")
+    rounds = []
+    with torch.device("meta"), edm2ext.set_backend("native"):
+        net = Precond(**options.network_config(resolution, channels, label_dim))
+        encoder = SimpleNamespace(encode=lambda stored: stored)
+        options = replace(options, batch=1, batch_gpu=1)
+        trainer = Trainer(net, options, encoder, World(device=torch.device("meta")))
+        for images in (1, *sizes):  # the first step makes the optimizer's state
+            flops = FlopCounterMode(display=False)
+            batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
+            with _weighing(trainer) as saved, flops, counting() as counter:
+                trainer.step(itertools.repeat(batch))
+            rounds.append(_round(images, flops.get_total_flops(), sum(saved.values()), counter))
+    return rounds[1:]
+
+
+def _round(images: int, flops: int, saved: int, counter: Counter) -> Round:
+    both = counter.total(phase="forward") + counter.total(phase="backward")
+    products = counter.total(phase="forward", kind="product") + counter.total(phase="backward", kind="product")
+    update = counter.total(phase="update")
+    return Round(
+        images=images,
+        flops=flops,
+        launches=both.launches,
+        bytes=both.bytes - products.bytes,
+        bytes_of_products=products.bytes,
+        saved=saved,
+        optimizer_launches=update.launches,
+        optimizer_bytes=update.bytes,
+    )
+
+
+@contextlib.contextmanager
+def _weighing(trainer: Trainer) -> Iterator[dict[int, int]]:
+    """{storage: bytes} of what is saved for the backward pass within, each storage once."""
+    own = {t.untyped_storage()._cdata for t in (*trainer.params, *(trainer.prepared.effective or ()))}
+    saved: dict[int, int] = {}
+    alive = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if x.is_meta and storage._cdata not in own and storage._cdata not in saved:
+            saved[storage._cdata] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield saved
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for one GPU of a run; memory and traffic in bytes."""
+
+    gpu: GPU
+    flops_per_image: float  # forward and backward, 2 a multiply-add
+    bytes_per_image: float  # all, products' included
+    launches: int  # of a round
+    fixed_memory: int
+    memory_per_image: float
+    micro_batch: int
+    largest_micro_batch: int
+    images_per_second: float
+    mfu: float
+
+    @property
+    def peak_memory(self) -> float:
+        return self.fixed_memory + self.memory_per_image * self.micro_batch
+
+
+def parameter_bytes(options: TrainOptions, parameters: int, world_size: int) -> int:
+    """Memory that every GPU holds for the parameters: fp32 values, gradients, two moments, averages; the effective
+    weights; and, with several processes, the buckets of the reduction."""
+    words = 4 + len(options.sigma_rels) + (world_size > 1)
+    return parameters * (4 * words + COMPUTE_DTYPES[options.precision].itemsize)
+
+
+def predict(
+    options: TrainOptions, gpu: GPU, world_size: int, resolution: int, channels: int, label_dim: int, parameters: int
+) -> Plan:
+    """Memory, speed and MFU on ``world_size`` of these GPUs; MFU counts 2 flops a multiply-add, against the data sheet.
+
+    Raises RuntimeError if the library holds no CUDA kernels.
+    """
+    micro, rounds = options.rounds(world_size)
+    few, more = count_rounds(options, resolution, channels, label_dim, (1, 3))
+    slope = {
+        name: (getattr(more, name) - getattr(few, name)) / 2
+        for name in ("flops", "bytes", "bytes_of_products", "saved")
+    }
+    at = {name: getattr(few, name) + slope[name] * (micro - 1) for name in slope}
+    peak, bandwidth = PEAK_SHARE * 1e12 * gpu.tflops(options.precision), BANDWIDTH_SHARE * 1e12 * gpu.bandwidth
+    seconds_of_products = max(at["flops"] / peak, at["bytes_of_products"] / bandwidth)
+    seconds = rounds * (seconds_of_products + at["bytes"] / bandwidth) + few.optimizer_bytes / bandwidth
+    images_per_second = options.batch / seconds
+    fixed = parameter_bytes(options, parameters, world_size) + round(few.saved - slope["saved"])
+    room = FREE_MEMORY * gpu.memory * 2**30 - fixed
+    return Plan(
+        gpu=gpu,
+        flops_per_image=at["flops"] / micro,
+        bytes_per_image=(at["bytes"] + at["bytes_of_products"]) / micro,
+        launches=few.launches,
+        fixed_memory=fixed,
+        memory_per_image=slope["saved"],
+        micro_batch=micro,
+        largest_micro_batch=max(0, int(room / slope["saved"])),
+        images_per_second=images_per_second,
+        mfu=at["flops"] / micro * images_per_second / world_size / (1e12 * gpu.tflops(options.precision)),
+    )
+
+
+def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
+    """The prediction as (name, text) lines."""
+    gib = 2**30
+    yield (
+        "per image",
+        (
+            f"{plan.flops_per_image / 1e9:,.1f} GFLOP and {plan.bytes_per_image / 1e9:,.2f} GB moved, forward and "
+            f"backward in rounds of {plan.micro_batch}; {plan.launches:,} launches a round"
+        ),
+    )
+    fits = plan.micro_batch <= plan.largest_micro_batch
+    yield (
+        "memory",
+        (
+            f"{plan.peak_memory / gib:,.1f} of {plan.gpu.memory:,.0f} GiB on each {plan.gpu.name} (predicted); "
+            + (
+                f"up to {plan.largest_micro_batch} images at a time fit"
+                if fits
+                else f"DOES NOT FIT: at most --batch-gpu {plan.largest_micro_batch}"
+            )
+        ),
+    )
+    days = options.duration / plan.images_per_second / 86400
+    yield (
+        "speed",
+        (
+            f"{plan.images_per_second:,.0f} images/s, {100 * plan.mfu:.0f} % MFU (predicted, not measured); "
+            f"{days:,.1f} days to the end"
+        ),
+    )
+
+
+def describe_disk(options: TrainOptions, parameters: int, states_kept: int) -> str:
+    """Disk that the run's snapshots and training states will take."""
+    profiles = len(options.sigma_rels)
+    snapshots = options.duration // options.snapshot + 1 if options.snapshot else 0
+    states = min(states_kept, options.duration // options.checkpoint) if options.checkpoint else 0
+    widths = " and ".join(f"{sigma_rel:g}" for sigma_rel in options.sigma_rels)
+    return (
+        f"{snapshots:,} snapshots of {profiles} averages (sigma_rel {widths}), "
+        f"{snapshots * profiles * parameters * 2 / 1e9:,.1f} GB; "
+        f"{states} training states, {states * parameters * 4 * (3 + profiles) / 1e9:,.1f} GB"
+    )

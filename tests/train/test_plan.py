@@ -1,0 +1,96 @@
+"""Predictions of what a run will take."""
+
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import edm2ext
+from python_train import plan, run
+from python_train.config import make_options
+
+needs_kernels = pytest.mark.skipif(not edm2ext.build_info()["cuda_compiled"], reason="built without CUDA")
+DIGITS = (8, 1, 10)
+PARAMETERS = 722_539
+
+
+@needs_kernels
+def test_counts_grow_with_the_images() -> None:
+    options = make_options("digits")
+    one, two, four = plan.count_rounds(options, *DIGITS, (1, 2, 4))
+    assert four.flops - two.flops == 2 * (two.flops - one.flops) > 0
+    assert four.saved - two.saved == pytest.approx(2 * (two.saved - one.saved), rel=0.02)
+    assert one.launches == four.launches > 50
+    assert one.optimizer_bytes == four.optimizer_bytes >= 4 * 7 * PARAMETERS  # reads at least grad, moments, averages
+
+
+@needs_kernels
+def test_saved_bytes_are_halved_by_half_precision() -> None:
+    per_image = {}
+    for precision in ("fp32", "fp16"):
+        one, three = plan.count_rounds(make_options("digits", precision=precision), *DIGITS, (1, 3))
+        per_image[precision] = (three.saved - one.saved) / 2
+    inputs_of_convolutions = 6 * 2 * 32 * 64 * 2  # of the first level's six blocks, in fp16
+    assert inputs_of_convolutions < per_image["fp16"] < 0.6 * per_image["fp32"]
+
+
+@needs_kernels
+def test_prediction_is_consistent() -> None:
+    options = make_options("digits", batch=64, batch_gpu=8, precision="fp16")
+    gpu = plan.GPUS["H100"]
+    found = plan.predict(options, gpu, 2, *DIGITS, PARAMETERS)
+    assert found.micro_batch == 8
+    assert 0 < found.mfu < plan.PEAK_SHARE
+    expected = found.flops_per_image * found.images_per_second / 2 / (gpu.tflops_16 * 1e12)
+    assert found.mfu == pytest.approx(expected)
+    assert found.peak_memory < found.gpu.memory * 2**30
+    assert found.fixed_memory >= plan.parameter_bytes(options, PARAMETERS, 2) == PARAMETERS * (7 * 4 + 2)
+    slower = plan.predict(options, plan.GPU("slow", 1, 10, 1, 0.1), 2, *DIGITS, PARAMETERS)
+    assert slower.images_per_second < found.images_per_second / 5
+
+
+@needs_kernels
+def test_arithmetic_of_a_preset_is_the_published_one() -> None:
+    """Forward and backward of EDM2-S: three times the papers' count, at 2 flops a multiply-add (spec 3.6)."""
+    one, _ = plan.count_rounds(make_options("img512-s"), 64, 4, 1000, (1, 2))
+    assert one.flops == pytest.approx(3 * 2 * (100.225e9 + 0.579e9), rel=0.01)
+
+
+def test_dry_run_of_a_named_gpu() -> None:
+    result = CliRunner().invoke(run.main, ["--dry-run", "--gpu", "A100-80GB"])
+    assert result.exit_code == 0, result.output
+    assert "17 snapshots of 2 averages (sigma_rel 0.05 and 0.1)" in result.output
+    if edm2ext.build_info()["cuda_compiled"]:
+        assert "of 80 GiB on each A100-80GB (predicted)" in result.output
+        assert "MFU (predicted, not measured)" in result.output
+    else:
+        assert "predicted nothing: the library holds no CUDA kernels" in result.output
+
+
+def test_dry_run_without_a_gpu_says_so() -> None:
+    result = CliRunner().invoke(run.main, ["--dry-run", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "name one: --gpu A100-40GB|A100-80GB|H100" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.2, "A100-80GB"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "A100-40GB"),
+        ("NVIDIA H200", 139.8, "H200"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "RTX-4090"),
+        ("Tesla T4", 14.6, None),
+    ],
+)
+def test_gpu_at_hand(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float, expected: str | None) -> None:
+    class Properties:
+        total_memory = math.floor(gigabytes * 2**30)
+
+    Properties.name = name
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    found = plan.gpu_at_hand(torch.device("cuda:0"))
+    assert (found.name if found else None) == expected
+    assert plan.gpu_at_hand(torch.device("cpu")) is None
