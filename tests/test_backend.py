@@ -1,5 +1,6 @@
 """Choice of the backend, and what each call is then served by."""
 
+import importlib
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ def _everything(dtype: torch.dtype) -> None:
     c, w = torch.randn(2, 6, dtype=dtype), torch.randn(6, 6, 3, 3, dtype=dtype, requires_grad=True)
     vector = torch.randn(3, dtype=dtype, requires_grad=True)
     gain = torch.tensor(0.5, requires_grad=True)
+    wide = torch.ones(2, 8, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
     outputs = [
         ops.pixel_norm(x),
         *ops.pixel_norm(x, silu=True),
@@ -48,6 +50,7 @@ def _everything(dtype: torch.dtype) -> None:
         ops.effective_weight(w, gain),
         *ops.effective_weight([w, w], gain),
         ops.mp_conv2d(x, w),
+        ops.mp_conv2d(wide, w[:, :1].repeat(1, 8, 1, 1)),
         ops.mp_linear(x, w[:, :4, 0, 0].repeat(1, 1)),
         ops.cosine_attention(x, 2),
     ]
@@ -72,13 +75,14 @@ def test_the_native_library_is_there() -> None:
     assert edm2ext.build_info()["native"]
 
 
-def test_native_kernels_serve_every_function() -> None:
+def test_native_kernels_serve_every_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("edm2ext.ops.mp_conv2d"), "_FASTER", True)
     names = {name.removeprefix("edm2::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("edm2::")}
     for choice in ("auto", "native"):
         with edm2ext.set_backend(choice):
             assert _recorded(torch.float32) == names
-            assert _recorded(torch.bfloat16) == names - {"adam_step_"}
-            assert _recorded(torch.float64) == names - {"accumulate_snapshots_"}
+            assert _recorded(torch.bfloat16) == names - {"adam_step_", "conv_weight_grad"}
+            assert _recorded(torch.float64) == names - {"accumulate_snapshots_", "conv_weight_grad"}
 
 
 def test_reference_never_calls_native_kernels() -> None:
