@@ -96,6 +96,24 @@ def vector_cases() -> Iterator[Case]:
     yield from both_directions("mp_silu 32×128", ops.mp_silu, torch.randn(32, 128))
 
 
+def image_cases(n: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Iterator[Case]:
+    """Latents on the way into the network and out of it; `dtype` and `layout` are the network's."""
+    shape = (n, 4, size, size)
+    label = f"{n}×4×{size}×{size} {str(dtype).split('.')[1]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+    x, y, guide, noise = (torch.randn(shape) for _ in range(4))
+    f = activation(*shape[:3], dtype, layout)
+    sigma, u = torch.rand(n) + 0.1, torch.randn(n)
+    t_hat, t_next = torch.tensor(1.7), torch.tensor(1.1)
+    network = ops.NetworkInput(0.5, dtype, layout)
+    yield Case(f"precondition_input {label}", forward(ops.precondition_input, x, sigma, *network))
+    yield from both_directions(f"precondition_output {label}", lambda f: ops.precondition_output(x, f, sigma), f)
+    yield Case(f"denoising_loss {label}", forward(ops.denoising_loss, f, x, y, sigma, u))
+    euler = partial(ops.sampler_step, t_hat=t_hat, t_next=t_next, network=network)
+    yield Case(f"sampler_step, Euler {label}", forward(euler, x, y))
+    heun = partial(euler, guide=guide, guidance=2.0, start=noise, noise=noise, churn=0.1)
+    yield Case(f"sampler_step, Heun, guidance and noise {label}", forward(heun, x, y))
+
+
 def optimizer_step(weights: list[Tensor]) -> Work:
     """Everything from gradients of effective weights to the effective weights of the next forward."""
     params = [torch.nn.Parameter(w.clone()) for w in weights]
@@ -140,5 +158,7 @@ def all_cases(weights: list[Tensor]) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             yield from activation_cases(32, 64, 16, dtype, layout)
             yield from activation_cases(2, 32, 8, dtype, layout)
+            yield from image_cases(32, 64, dtype, layout)
+            yield from image_cases(4, 8, dtype, layout)
     yield from vector_cases()
     yield from weight_cases(weights)

@@ -128,6 +128,11 @@ def transforming() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to any of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def differentiating_backward() -> bool:
     """Whether a backward pass must itself be differentiable: it then takes the reference formula."""
     return (

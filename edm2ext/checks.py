@@ -1,5 +1,6 @@
 """Argument checks shared by every backend: each error names function, argument, what was expected and what came."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -140,6 +141,82 @@ def cat_arguments(a: Tensor, b: Tensor, t: float) -> None:
         )
     if a.shape[1] == 0 or b.shape[1] == 0:
         raise ValueError(f"{function}: a and b must have at least one channel, got {list(a.shape)} and {list(b.shape)}")
+
+
+def noisy_image(function: str, x: Tensor, sigma: Tensor, sigma_data: float) -> None:
+    """`x` is [N, C, H, W] at noise levels `sigma`: 1 or N, in any shape."""
+    image(function, "x", x)
+    noise_levels(function, "sigma", sigma, x)
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"{function}: sigma_data must be positive, got {sigma_data}")
+
+
+def noise_levels(function: str, name: str, sigma: Tensor, x: Tensor) -> None:
+    """`sigma` has 1 or N elements, on x's device."""
+    floating(function, name, sigma)
+    if sigma.numel() not in (1, x.shape[0]):
+        raise ValueError(f"{function}: {name} must have 1 or {x.shape[0]} elements, got shape {list(sigma.shape)}")
+    _same_device(function, "x", x, name, sigma)
+
+
+def input_format(function: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """What a network's input can be made as."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{function}: dtype must be a floating-point type, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"{function}: memory_format must be contiguous_format or channels_last, got {memory_format}")
+
+
+def like(function: str, name: str, value: Tensor, x: Tensor) -> None:
+    """`value` is a floating-point tensor of x's shape, on its device."""
+    floating(function, name, value)
+    if value.shape != x.shape:
+        raise ValueError(f"{function}: {name} must have x's shape {list(x.shape)}, got {list(value.shape)}")
+    _same_device(function, "x", x, name, value)
+
+
+def loss_arguments(f: Tensor, x: Tensor, y: Tensor, sigma: Tensor, u: Tensor, sigma_data: float) -> None:
+    """Images `f`, `x` and `y` of one shape [N, C, H, W]; `sigma` and `u` have N elements each."""
+    function = "denoising_loss"
+    noisy_image(function, x, sigma, sigma_data)
+    like(function, "f", f, x)
+    like(function, "y", y, x)
+    noise_levels(function, "u", u, x)
+    for name, levels in (("sigma", sigma), ("u", u)):
+        if levels.numel() != x.shape[0]:
+            raise ValueError(f"{function}: {name} must have {x.shape[0]} elements, got shape {list(levels.shape)}")
+
+
+def sampler_step(
+    x: Tensor,
+    denoised: Tensor,
+    t_hat: Tensor,
+    t_next: Tensor,
+    guide: Tensor | None,
+    start: Tensor | None,
+    noise: Tensor | None,
+    churn: float,
+) -> None:
+    """Images of one shape, device and dtype; noise levels of one element each, of that dtype."""
+    function = "sampler_step"
+    floating(function, "x", x)
+    for name, value in (("denoised", denoised), ("guide", guide), ("start", start), ("noise", noise)):
+        if value is not None:
+            like(function, name, value, x)
+            _same_dtype(function, name, value, x)
+    for name, value in (("t_hat", t_hat), ("t_next", t_next)):
+        floating(function, name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{function}: {name} must have one element, got shape {list(value.shape)}")
+        _same_device(function, "x", x, name, value)
+        _same_dtype(function, name, value, x)
+    if churn < 0:
+        raise ValueError(f"{function}: churn must not be negative, got {churn}")
+
+
+def _same_dtype(function: str, name: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(f"{function}: {name} must have x's dtype {x.dtype}, got {value.dtype}")
 
 
 def fourier_arguments(x: Tensor, freqs: Tensor, phases: Tensor) -> None:

@@ -158,6 +158,98 @@ def _resample_kernel(x: Tensor, taps: list[float], scale: float) -> Tensor:
     return torch.tensor(outer, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, -1, -1)
 
 
+def precondition_input(
+    x: Tensor,
+    sigma: Tensor,
+    sigma_data: float = 0.5,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """c_in(sigma) * x cast to `dtype`, and a last channel of ones: [N, C, H, W] -> [N, C + 1, H, W] (3.4, 2.14)."""
+    function = "precondition_input"
+    checks.noisy_image(function, x, sigma, sigma_data)
+    dtype = x.dtype if dtype is None else dtype
+    checks.input_format(function, dtype, memory_format)
+    x, sigma = x.to(image_dtype(dtype)), _per_sample(sigma, image_dtype(dtype))
+    scaled = (x / (sigma**2 + sigma_data**2).sqrt()).to(dtype)
+    return torch.cat([scaled, torch.ones_like(scaled[:, :1])], dim=1).contiguous(memory_format=memory_format)
+
+
+def precondition_output(x: Tensor, f: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """D = c_skip(sigma) * x + c_out(sigma) * F in float32, or float64 for such F (3.4, Eqs. 4 to 7)."""
+    function = "precondition_output"
+    checks.noisy_image(function, x, sigma, sigma_data)
+    checks.like(function, "f", f, x)
+    dtype = image_dtype(f.dtype)
+    sigma, layout = _per_sample(sigma, dtype), memory_format(x)
+    variance = sigma**2 + sigma_data**2
+    c_skip, c_out = sigma_data**2 / variance, sigma * sigma_data / variance.sqrt()
+    return c_skip * x.to(dtype, memory_format=layout) + c_out * f.to(dtype, memory_format=layout)
+
+
+@torch.no_grad()
+def denoising_loss(
+    f: Tensor, x: Tensor, y: Tensor, sigma: Tensor, u: Tensor, sigma_data: float = 0.5, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each image [N], and the gradients of F and u of scale * their sum (4.1, Eqs. 14 to 16 and 21)."""
+    checks.loss_arguments(f, x, y, sigma, u, sigma_data)
+    error = precondition_output(x, f, sigma, sigma_data) - y.to(image_dtype(f.dtype))
+    weight, levels, logvar = _loss_weight(sigma, u, sigma_data, error.dtype)
+    c_out = levels * sigma_data / (levels**2 + sigma_data**2).sqrt()
+    loss = (weight * error**2 + logvar).sum(dim=(1, 2, 3))
+    grad_f = (2 * scale * weight * c_out * error).to(f.dtype, memory_format=memory_format(f))
+    grad_u = scale * (1 - weight * error**2).sum(dim=(1, 2, 3))
+    return loss, grad_f, grad_u.reshape(u.shape).to(u.dtype)
+
+
+def denoising_loss_map(f: Tensor, x: Tensor, y: Tensor, sigma: Tensor, u: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """l = (lambda / exp(u)) * (D - y)^2 + u with lambda = 1 / c_out^2, [N, C, H, W] (4.1, Eqs. 14 to 16 and 21)."""
+    denoised = precondition_output(x, f, sigma, sigma_data)
+    weight, _, logvar = _loss_weight(sigma, u, sigma_data, denoised.dtype)
+    return weight * (denoised - y.to(denoised.dtype)) ** 2 + logvar
+
+
+def _loss_weight(sigma: Tensor, u: Tensor, sigma_data: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """lambda(sigma) / exp(u), sigma and u, [N, 1, 1, 1] each."""
+    sigma, u = _per_sample(sigma, dtype), _per_sample(u, dtype)
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2 / u.exp(), sigma, u
+
+
+def sampler_step(
+    x: Tensor,
+    denoised: Tensor,
+    t_hat: Tensor,
+    t_next: Tensor,
+    *,
+    guide: Tensor | None = None,
+    guidance: float = 1.0,
+    start: Tensor | None = None,
+    noise: Tensor | None = None,
+    churn: float = 0.0,
+    S_noise: float = 1.0,
+) -> Tensor:
+    """An Euler step from x, or with `start` Heun's correction of one, with guidance and churn (6.1, 6.2, Eq. 152)."""
+    checks.sampler_step(x, denoised, t_hat, t_next, guide, start, noise, churn)
+    guided = denoised if guide is None else guide.lerp(denoised, guidance)
+    if start is None:
+        out = x + (t_next - t_hat) * ((x - guided) / t_hat)
+    else:
+        slopes = (x - start) / (t_next - t_hat) + (x - guided) / t_next
+        out = start + (t_next - t_hat) * slopes / 2
+    if noise is None:
+        return out
+    return out + ((t_next * (1 + churn)) ** 2 - t_next**2).sqrt() * S_noise * noise
+
+
+def image_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of images outside a U-Net that computes in `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _per_sample(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    return levels.to(dtype).reshape(-1, 1, 1, 1)
+
+
 def normalize_weight(w: Tensor, eps: float = EPS) -> Tensor:
     """Bring every row of w [out, in, ...] to unit magnitude per element, i.e. norm sqrt(fan-in) (2.1, Eq. 47)."""
     checks.weight("normalize_weight", "w", w)

@@ -108,6 +108,17 @@ def learning_rate(nimg: int, batch: int, lr: float, decay: float, rampup: float)
     return lr
 
 
+class _Raw(torch.nn.Module):
+    """`Precond.raw` as the forward of a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, net: Precond) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.net.raw(x, sigma, class_labels)
+
+
 class Trainer:
     """A network with what one optimizer step needs: loss, encoder, Adam, power EMAs, and counters of the reports.
 
@@ -136,7 +147,7 @@ class Trainer:
         for gain in self.prepared.gain_of.values():
             gain.requires_grad_(False)  # the optimizer makes its gradient of its weight's
         self.loss = EDM2Loss(options.P_mean, options.P_std, net.sigma_data)
-        self.ddp: torch.nn.Module = net
+        self.raw: torch.nn.Module = _Raw(net)
         if self.world.size > 1:
             for buffer in net.buffers():
                 torch.distributed.broadcast(buffer, src=0)  # once; DDP would do it in every forward
@@ -144,7 +155,7 @@ class Trainer:
             ddp = torch.nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
             no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.ddp = ddp(net, device_ids=devices, **no_sync)
+            self.raw = ddp(self.raw, device_ids=devices, **no_sync)
         self.ema = PowerEMA(self.params, options.sigma_rels)
         self.normalize_in_step = options.force_normalize == "step"
         self.prepared.refresh(force=self.normalize_in_step)
@@ -169,7 +180,7 @@ class Trainer:
         rng.reseed(options.seed, self.world.rank, self.nimg)
         for round_index in range(self.rounds):
             last = round_index == self.rounds - 1
-            with contextlib.nullcontext() if last or self.ddp is self.net else self.ddp.no_sync():
+            with contextlib.nullcontext() if last or self.world.size == 1 else self.raw.no_sync():
                 self._accumulate(*next(batches))
         self.lr = learning_rate(self.nimg, options.batch, options.lr, options.decay, options.rampup)
         for group in self.optimizer.param_groups:
@@ -183,10 +194,8 @@ class Trainer:
         if not self.normalize_in_step:
             self.prepared.refresh(force=True)
         with self.prepared:
-            loss = self.loss(self.ddp, self.encoder.encode(stored), labels)
-            total = loss.sum()
-            total.mul(self.options.loss_scaling / (self.micro_batch * self.rounds)).backward()
-        mean = total.detach() / loss.numel()
+            scale = self.options.loss_scaling / (self.micro_batch * self.rounds)
+            mean = self.loss.backward(self.raw, self.encoder.encode(stored), labels, scale)
         finite = mean.isfinite()
         self.loss_sum += torch.stack([torch.where(finite, mean, 0), finite])
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from edm2ext import ops
+
 SIGMA_DATA = 0.5
 
 
@@ -26,8 +28,20 @@ class EDM2Loss:
 
         Draws from the global generator of the images' device: sigma's normal [N, 1, 1, 1], then the noise's (spec 4.6).
         """
+        return self.at(net, images, labels, *self._draw(images))
+
+    def backward(
+        self, net: Callable[..., tuple[Tensor, Tensor]], images: Tensor, labels: Tensor | None, scale: float
+    ) -> Tensor:
+        """Add the gradient of ``scale`` * sum(loss map) to the parameters; returns the map's mean, 0-dim.
+
+        ``net`` returns F and u (`Precond.raw`): the denoised image and the map are never stored. Draws like a call.
+        """
+        return self.backward_at(net, images, labels, *self._draw(images), scale)
+
+    def _draw(self, images: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.sigma(torch.randn([images.shape[0], 1, 1, 1], device=images.device))
-        return self.at(net, images, labels, sigma, torch.randn_like(images))
+        return sigma, torch.randn_like(images)
 
     def sigma(self, rnd_normal: Tensor) -> Tensor:
         """Noise levels for standard normal numbers."""
@@ -45,3 +59,20 @@ class EDM2Loss:
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         denoised, logvar = net(images + noise * sigma, sigma, labels, return_logvar=True)
         return (weight / logvar.exp()) * (denoised - images) ** 2 + logvar
+
+    def backward_at(
+        self,
+        net: Callable[..., tuple[Tensor, Tensor]],
+        images: Tensor,
+        labels: Tensor | None,
+        sigma: Tensor,
+        noise: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """:meth:`backward` at given noise levels sigma [N, 1, 1, 1] and standard normal noise [N, C, H, W]."""
+        noisy = images + noise * sigma
+        F_x, logvar = net(noisy, sigma, labels)
+        loss, *gradients = ops.denoising_loss(F_x, noisy, images, sigma, logvar, self.sigma_data, scale)
+        mean = loss.sum() / images.numel()
+        torch.autograd.backward([F_x, logvar], gradients)
+        return mean

@@ -201,12 +201,14 @@ class UNet(torch.nn.Module):
         return torch.split_with_sizes_copy(c.to(dtype), [block.emb_linear.weight.shape[0] for block in blocks], dim=1)
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """F(x): x [N, img_channels, H, W] in the compute dtype; noise_labels [N] or [1] and class_labels
+        """F: x [N, img_channels, H, W] in the compute dtype; noise_labels [N] or [1] and class_labels
         [N or 1, label_dim] in fp32. Returns [N, img_channels, H, W] in x's dtype.
 
-        Training with dropout draws two integers from the global generator of x's device."""
+        x may come with its constant channel of ones (spec 2.14) as `ops.precondition_input` makes it; else it gets it
+        here. Training with dropout draws two integers from the global generator of x's device."""
+        if x.shape[1] == self.img_channels:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         emb = self.embedding(noise_labels, class_labels).expand(x.shape[0], -1)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         modulations = iter(self.modulations(emb, x.dtype))
         philox = None
         if self.training and self.dropout > 0:
@@ -279,20 +281,32 @@ class Precond(torch.nn.Module):
         unconditional one ignores them. Returns D [N, img_channels, H, W] in fp32, and with ``return_logvar``
         also u [N or 1, 1, 1, 1]. Raises ValueError where shapes do not fit.
         """
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        class_labels = self._check(x, sigma, class_labels)
-        x = x.to(torch.float32)
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
-        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
-        c_in = 1 / (self.sigma_data**2 + sigma**2).sqrt()
-        c_noise = sigma.flatten().log() / 4
+        sigma, class_labels = self._check(x, sigma, class_labels)
+        x_in = ops.precondition_input(x, sigma, *self.network_input(x.device, force_fp32))
+        D_x = self.denoise(x, sigma, class_labels, x_in)
+        return (D_x, self._logvar(sigma)) if return_logvar else D_x
 
-        dtype = torch.float32 if force_fp32 else self._dtype_on(x.device)
-        F_x = self.unet((c_in * x).to(dtype, memory_format=self.memory_format), c_noise, class_labels)
-        D_x = c_skip * x + c_out * F_x.to(torch.float32, memory_format=torch.contiguous_format)
-        if not return_logvar:
-            return D_x
-        return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None, x_in: Tensor) -> Tensor:
+        """D(x), given the U-Net's input ``x_in``, which the sampler makes in a pass of its own. Arguments as in
+        :meth:`forward`."""
+        sigma, class_labels = self._check(x, sigma, class_labels)
+        F_x = self.unet(x_in, _c_noise(sigma), class_labels)
+        return ops.precondition_output(x.to(torch.float32), F_x, sigma, self.sigma_data)
+
+    def raw(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the training loss is made of (`ops.denoising_loss`): F [N, img_channels, H, W] in the compute dtype, and
+        u(sigma) [N or 1, 1, 1, 1]. Arguments as in :meth:`forward`."""
+        sigma, class_labels = self._check(x, sigma, class_labels)
+        x_in = ops.precondition_input(x, sigma, *self.network_input(x.device))
+        return self.unet(x_in, _c_noise(sigma), class_labels), self._logvar(sigma)
+
+    def network_input(self, device: torch.device, force_fp32: bool = False) -> ops.NetworkInput:
+        """How the U-Net takes its input on this device."""
+        dtype = torch.float32 if force_fp32 else self._dtype_on(device)
+        return ops.NetworkInput(self.sigma_data, dtype, self.memory_format)
+
+    def _logvar(self, sigma: Tensor) -> Tensor:
+        return self.logvar_linear(self.logvar_fourier(_c_noise(sigma))).reshape(-1, 1, 1, 1)
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:
         """The dtype of the U-Net's main path: float16 is for GPUs."""
@@ -309,8 +323,9 @@ class Precond(torch.nn.Module):
         layout = torch.contiguous_format if device.type == "cpu" else self.memory_format
         return PreparedWeights(self, gains, self._dtype_on(device), memory_format=layout, gradients=gradients)
 
-    def _check(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor | None:
-        """Validate the call's shapes and return the labels the U-Net shall see."""
+    def _check(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Validate the call's shapes; sigma [N or 1, 1, 1, 1] in fp32, and the labels the U-Net shall see."""
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
         stride = self.unet.stride
         if x.ndim != 4 or x.shape[1] != self.img_channels:
             raise ValueError(f"Precond: x must be [N, {self.img_channels}, H, W], got {list(x.shape)}")
@@ -319,10 +334,15 @@ class Precond(torch.nn.Module):
         if sigma.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"Precond: sigma must have 1 or {x.shape[0]} elements, got {sigma.shape[0]}")
         if self.label_dim == 0 or class_labels is None:
-            return None
+            return sigma, None
         labels = class_labels.to(torch.float32).reshape(-1, class_labels.shape[-1])
         if labels.shape[1] != self.label_dim or labels.shape[0] not in (1, x.shape[0]):
             raise ValueError(
                 f"Precond: class_labels must be [{x.shape[0]} or 1, {self.label_dim}], got {list(class_labels.shape)}"
             )
-        return labels
+        return sigma, labels
+
+
+def _c_noise(sigma: Tensor) -> Tensor:
+    """The U-Net's noise label ln(sigma) / 4 (EDM2 paper Eq. 8), flat."""
+    return sigma.flatten().log() / 4

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import inf, isfinite, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from edm2ext import ops
+from python_train.network import Precond
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -84,27 +89,45 @@ def edm_sampler(
     if S_churn < 0:
         raise ValueError(f"edm_sampler: S_churn must not be negative, got {S_churn}")
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        D_main = net(x, t, labels).to(dtype)
+    network = _network_input(net, noise.device)
+    shared = network is not None and gnet is not None and network == _network_input(gnet, noise.device)
+
+    def denoise(x: Tensor, t: Tensor, x_in: Tensor | None) -> dict[str, Any]:
+        """D(x; t) of the networks, and how the step blends them."""
+        denoised = _denoise(net, x, t, labels, x_in).to(dtype)
         if guidance == 1:
-            return D_main
-        D_guide = gnet(x, t, labels).to(dtype)
-        return D_guide.lerp(D_main, guidance)
+            return {"denoised": denoised}
+        guide = _denoise(gnet, x, t, labels, x_in if shared else None).to(dtype)
+        return {"denoised": denoised, "guide": guide, "guidance": guidance}
 
     t_steps = noise_levels(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
-    churn = min(S_churn / num_steps, sqrt(2) - 1)
-    x = noise.to(dtype) * t_steps[0]
-    for i, (t, t_next) in enumerate(pairwise(t_steps)):
-        t_hat, x_hat = t, x
-        if S_churn > 0 and S_min <= t <= S_max:
-            t_hat = t * (1 + churn)
-            x_hat = x + (t_hat**2 - t**2).sqrt() * S_noise * randn_like(x)
-        d = (x_hat - denoise(x_hat, t_hat)) / t_hat
-        x = x_hat + (t_next - t_hat) * d
-        if i < num_steps - 1:
-            d_next = (x - denoise(x, t_next)) / t_next
-            x = x_hat + (t_next - t_hat) * (d + d_next) / 2
-    return x
+    churn = [0.0] * num_steps
+    if S_churn > 0:
+        churned = (t_steps >= S_min) & (t_steps <= S_max)
+        churn = [min(S_churn / num_steps, sqrt(2) - 1) if within else 0.0 for within in churned[:-1].tolist()]
+    x_hat = noise.to(dtype) * t_steps[0]
+    if churn[0]:
+        x_hat = x_hat + ((t_steps[0] * (1 + churn[0])) ** 2 - t_steps[0] ** 2).sqrt() * S_noise * randn_like(x_hat)
+    x_in = None
+    for i, (t, t_next) in enumerate(pairwise(t_steps[:-1])):
+        t_hat = t * (1 + churn[i])
+        step = partial(ops.sampler_step, t_hat=t_hat, t_next=t_next, network=network)
+        x, x_in = step(x_hat, **denoise(x_hat, t_hat, x_in))
+        heun = denoise(x, t_next, x_in)
+        added = {"noise": randn_like(x), "churn": churn[i + 1], "S_noise": S_noise} if churn[i + 1] else {}
+        x_hat, x_in = step(x, **heun, start=x_hat, **added)
+    t_hat = t_steps[-2] * (1 + churn[-1])
+    return ops.sampler_step(x_hat, **denoise(x_hat, t_hat, x_in), t_hat=t_hat, t_next=t_steps[-1])[0]
+
+
+def _network_input(net: Denoiser, device: torch.device) -> ops.NetworkInput | None:
+    """How the network takes its input, if a step of the sampler can make it."""
+    return net.network_input(device) if isinstance(net, Precond) else None
+
+
+def _denoise(net: Denoiser, x: Tensor, t: Tensor, labels: Tensor | None, x_in: Tensor | None) -> Tensor:
+    """D(x; t), of the network input ``x_in`` where the last step made it."""
+    return net.denoise(x, t, labels, x_in) if isinstance(net, Precond) and x_in is not None else net(x, t, labels)
 
 
 class SeededRandom:

@@ -71,16 +71,26 @@ class Replay:
     """Stands in for the loss's random draws: the golden numbers of each step, and a record of the loss maps."""
 
     def __init__(self, golden: Golden, trainer: Trainer) -> None:
-        self.golden, self.loss, self.step = golden, trainer.loss, 0
+        self.golden, self.net, self.loss, self.step = golden, trainer.net, trainer.loss, 0
         self.maps: list[Tensor] = []
 
     def __call__(self, net: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        key = f"step{self.step}"
-        sigma = self.loss.sigma(self.golden[f"{key}.rnd_normal"])
-        loss = self.loss.at(net, images, labels, sigma, self.golden[f"{key}.noise"])
+        loss = self.loss.at(net, images, labels, *self._draw())
         self.maps.append(loss.detach())
         self.step += 1
         return loss
+
+    def backward(self, net: torch.nn.Module, images: Tensor, labels: Tensor, scale: float) -> Tensor:
+        drawn = self._draw()
+        with torch.no_grad():
+            loss = self(self.net, images, labels)
+        mean = self.loss.backward_at(net, images, labels, *drawn, scale)
+        torch.testing.assert_close(mean, loss.mean(), rtol=1e-5, atol=0)
+        return mean
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        key = f"step{self.step}"
+        return self.loss.sigma(self.golden[f"{key}.rnd_normal"]), self.golden[f"{key}.noise"]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -46,6 +46,7 @@ def _everything(dtype: torch.dtype) -> None:
         ops.resample_up(x),
         ops.resample_down(x),
         *ops.resample_down_pixel_norm(x),
+        ops.precondition_output(x.detach(), x, gain.detach()),
         ops.normalize_weight(w),
         ops.effective_weight(w, gain),
         *ops.effective_weight([w, w], gain),
@@ -55,6 +56,12 @@ def _everything(dtype: torch.dtype) -> None:
         ops.cosine_attention(x, 2),
     ]
     sum(out.sum() for out in outputs).backward()
+    image, sigma = x.detach().to(reference.image_dtype(dtype)), torch.rand(2)
+    ops.precondition_input(image, sigma, dtype=dtype)
+    ops.denoising_loss(x, image, image, sigma, sigma)
+    step = (image, image, *torch.rand(2, dtype=image.dtype))
+    ops.sampler_step(*step)
+    ops.sampler_step(*step, network=ops.NetworkInput(0.5, dtype, torch.channels_last))
     FusedAdam([w], lr=0.1).step()
     ops.force_normalize_(w)
     ops.prepare_weights([w])

@@ -60,6 +60,11 @@ REGISTERS = {
     "accumulate_snapshots_tiles": 80,
     "adam_rows": 128,
     "adam_gains": 80,
+    "precondition_scale_units": 48,
+    "precondition_output_units": 48,
+    "denoising_loss_chunks": 64,
+    "denoising_loss_samples": 40,
+    "sampler_step_units": 64,
 }
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [
@@ -100,6 +105,12 @@ OPS = [
     "qkv_norm_backward",
     "accumulate_snapshots_",
     "adam_step_",
+    "precondition_input",
+    "precondition_output",
+    "precondition_output_backward",
+    "denoising_loss",
+    "sampler_step",
+    "sampler_step_input",
 ]
 
 

@@ -152,6 +152,32 @@ def test_sums_and_concatenations_read_and_write_once(x: Tensor):
 
 
 @needs_kernels
+def test_images_are_read_and_written_once():
+    """Preconditioning, the loss with its gradients, and a step of the sampler."""
+    image, pixels, batch = 2 * 3 * 64 * 64 * 4, 2 * 64 * 64, 2
+    x, y, f = meta(2, 3, 64, 64, dtype=torch.float32), meta(2, 3, 64, 64, dtype=torch.float32), meta(2, 3, 64, 64)
+    sigma, u = meta(2, dtype=torch.float32), meta(2, dtype=torch.float32)
+    t = meta(1, dtype=torch.float32)
+    network = ops.NetworkInput(0.5, torch.float16, torch.channels_last)
+    with edm2ext.set_backend("native"), counting() as counter:
+        ops.precondition_input(x, sigma, *network)
+        ops.precondition_output(x, f.requires_grad_(), sigma[:1]).backward(y)
+        ops.denoising_loss(f.detach(), x, y, sigma, u)
+        ops.sampler_step(x, y, t, t)
+        ops.sampler_step(x, y, t, t, guide=y, start=x, noise=y, network=network)
+    half, input_bytes = image // 2, (image // 4 + pixels) * 2
+    sums = batch * 3 * 4  # three chunks of each sample
+    assert {key.op: row for key, row in counter.rows.items() if key.kind == "native"} == {
+        "precondition_input": Traffic(1, image + 8, input_bytes),
+        "precondition_output": Traffic(1, image + half + 4, image),
+        "precondition_output_backward": Traffic(1, image + 4, half),
+        "denoising_loss": Traffic(2, half + 2 * image + 16 + sums + 16, half + sums + 16, workspace=sums),
+        "sampler_step": Traffic(1, 2 * image + 8, image),
+        "sampler_step_input": Traffic(1, 5 * image + 8, image + input_bytes),
+    }
+
+
+@needs_kernels
 def test_snapshots_are_read_once_whatever_the_outputs():
     inputs, coefs = [meta(100), meta(100), meta(100, dtype=torch.float32)], torch.ones(3, 50)
     with edm2ext.set_backend("native"), counting() as counter:

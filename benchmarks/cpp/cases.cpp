@@ -8,7 +8,9 @@
 #include <utility>
 
 #include "edm2/accumulate_snapshots.h"
+#include "edm2/adam_step.h"
 #include "edm2/cosine_attention.h"
+#include "edm2/denoising_loss.h"
 #include "edm2/ema_update.h"
 #include "edm2/mp_cat.h"
 #include "edm2/mp_fourier.h"
@@ -16,8 +18,10 @@
 #include "edm2/mp_sum.h"
 #include "edm2/normalize_weight.h"
 #include "edm2/pixel_norm.h"
+#include "edm2/precondition.h"
 #include "edm2/resample.h"
 #include "edm2/resample_down_pixel_norm.h"
+#include "edm2/sampler_step.h"
 
 // Each of the two programs holds one half of the kernels, and names the other half nowhere.
 #ifdef EDM2_BENCH_CUDA
@@ -498,6 +502,68 @@ void normalize_weight(Table& table) {
   }
 }
 
+/// The whole optimizer step with gradients of effective weights, two averages and the next forward's effective weights
+/// in fp16 (bf16 on the CPU).
+void adam_step(Table& table) {
+  constexpr int64_t kProfiles = 2;
+  const DType half = table.size == Size::kCPU ? DType::kBFloat16 : DType::kFloat16;
+  for (const Network& network : networks(table.size)) {
+    const std::vector<Weight> weights = weights_of(network);
+    const Ends ends(weights);
+    struct Lists {
+      std::vector<AdamTensor> tensors;
+      std::vector<void*> emas;
+      std::vector<int64_t> offsets{0};
+    };
+    const auto lists = std::make_shared<Lists>();
+    const auto count = static_cast<int64_t>(weights.size());
+    lists->tensors.resize(weights.size());
+    lists->emas.resize(weights.size() * kProfiles);
+    for (const Weight& weight : weights)
+      lists->offsets.push_back(lists->offsets.back() + weight.rows * weight.row_size);
+    const Buffer raw{ends.numel, DType::kFloat32, true};
+    const Buffer zeros{ends.numel, DType::kFloat32, false};  // random squares would have no root
+    const Buffer scalars{2 + kProfiles, DType::kFloat64, true};
+    table.add(
+        std::string("adam_step 2 profiles of ") + network.name,
+        {raw, raw, raw, zeros, raw, raw, {ends.numel, half, false}, scalars, {count, DType::kFloat64, false}},
+        [=](const Pointers& p) {
+          for (size_t i = 0; i < weights.size(); ++i) {
+            const auto tensor = [&](size_t k) { return static_cast<float*>(p[k]) + ends.offsets[i]; };
+            void** emas = &lists->emas[i * kProfiles];
+            for (size_t k = 0; k < kProfiles; ++k) emas[k] = tensor(4 + k);
+            AdamTensor& t = lists->tensors[i] = {};
+            t.param = tensor(0);
+            t.grad = tensor(1);
+            t.exp_avg = tensor(2);
+            t.exp_avg_sq = tensor(3);
+            t.emas = emas;
+            t.nonfinite = static_cast<int64_t*>(p[8]) + i;
+            t.prepared = static_cast<uint16_t*>(p[6]) + ends.offsets[i];
+            t.prepared_dtype = half;
+            t.rows = weights[i].rows;
+            t.row_size = weights[i].row_size;
+            t.inner = 1;
+            t.weight = true;
+          }
+          return AdamStepParams{lists->tensors.data(),
+                                lists->offsets.data(),
+                                count,
+                                kProfiles,
+                                static_cast<const double*>(p[7]),
+                                nullptr,
+                                DType::kFloat32,
+                                0.9,
+                                0.99,
+                                1e-8,
+                                kEps,
+                                true,
+                                true};
+        },
+        GPU(cuda::launch_adam_step), CPU(cpu::adam_step), lists->offsets.back());
+  }
+}
+
 /// Down and up with the 2 x 2 filter, and down with one of four taps.
 void resample(Table& table) {
   static const double kTwo[] = {0.5, 0.5};
@@ -576,6 +642,91 @@ void qkv_norm(Table& table) {
   }
 }
 
+/// Latents: the U-Net's side in the image's dtype and layout, the other in fp32 and contiguous.
+std::vector<Image> noisy_images(const Table& table) {
+  std::vector<Image> found = table.images();
+  if (table.size == Size::kSmall) return found;
+  for (Image& image : found) {
+    image.channels = 4;
+    image.batch = table.size == Size::kGPU ? 4096 : 64;
+  }
+  return found;
+}
+
+void precondition(Table& table) {
+  for (const Image& image : noisy_images(table)) {
+    const auto [batch, channels, height, width, channels_last, dtype] = image;
+    const int64_t pixels = batch * height * width;
+    const Activation shape{batch, channels, height * width, false};
+    const Buffer noisy{image.numel(), DType::kFloat32, true};
+    const Buffer denoised{image.numel(), DType::kFloat32, false};
+    const Buffer sigma{batch, DType::kFloat32, true};
+    table.add(
+        "precondition_input" + image.label(), {noisy, sigma, {image.numel() + pixels, dtype, false}},
+        [=](const Pointers& p) {
+          return PreconditionScaleParams{p[0], p[1], p[2], shape, channels_last, true, true, 0.5, dtype};
+        },
+        GPU(cuda::launch_precondition_scale), CPU(cpu::precondition_scale), pixels);
+    table.add(
+        "precondition_output" + image.label(), {noisy, image.in(), sigma, denoised},
+        [=](const Pointers& p) {
+          return PreconditionOutputParams{p[0], p[1], p[2], p[3], shape, channels_last, true, 0.5, dtype};
+        },
+        GPU(cuda::launch_precondition_output), CPU(cpu::precondition_output), pixels);
+    table.add(
+        "precondition_output_backward" + image.label(), {noisy, sigma, image.out()},
+        [=](const Pointers& p) {
+          return PreconditionScaleParams{p[0], p[1], p[2], shape, channels_last, false, true, 0.5, dtype};
+        },
+        GPU(cuda::launch_precondition_scale), CPU(cpu::precondition_scale), pixels);
+  }
+}
+
+void denoising_loss(Table& table) {
+  for (const Image& image : noisy_images(table)) {
+    const auto [batch, channels, height, width, channels_last, dtype] = image;
+    const Activation shape{batch, channels, height * width, false};
+    const Buffer picture{image.numel(), DType::kFloat32, true};
+    const Buffer numbers{batch, DType::kFloat32, true};
+    table.add(
+        "denoising_loss" + image.label(),
+        {image.in(), picture, picture, numbers, numbers, numbers, image.out(), numbers},
+        GPU_OR_0(cuda::denoising_loss_workspace(shape)),
+        [=](const Pointers& p) {
+          return DenoisingLossParams{p[0], p[1],  p[2],          p[3], p[4], p[5], p[6],
+                                     p[7], shape, channels_last, 0.5,  1.0,  dtype};
+        },
+        GPU(cuda::launch_denoising_loss), CPU(cpu::denoising_loss), batch);
+  }
+}
+
+/// Heun's correction with guidance and noise.
+void sampler_step(Table& table) {
+  for (const Image& image : noisy_images(table)) {
+    const auto [batch, channels, height, width, channels_last, dtype] = image;
+    const int64_t pixels = batch * height * width;
+    const Activation shape{batch, channels, height * width, false};
+    const Buffer picture{image.numel(), DType::kFloat32, true};
+    const Buffer level{1, DType::kFloat32, true};
+    table.add(
+        "sampler_step" + image.label(),
+        {picture,
+         picture,
+         picture,
+         picture,
+         picture,
+         level,
+         level,
+         {image.numel(), DType::kFloat32, false},
+         {image.numel() + pixels, dtype, false}},
+        [=](const Pointers& p) {
+          return SamplerStepParams{p[0], p[1],  p[2],          p[3], p[4], p[5], p[6], p[7],
+                                   p[8], shape, channels_last, 2.0,  0.1,  0.5,  0.5,  dtype};
+        },
+        GPU(cuda::launch_sampler_step), CPU(cpu::sampler_step), pixels);
+  }
+}
+
 }  // namespace
 
 std::vector<Case> all_cases(Size size) {
@@ -588,10 +739,14 @@ std::vector<Case> all_cases(Size size) {
   pixel_norm(table);
   ema_update(table);
   normalize_weight(table);
+  adam_step(table);
   accumulate_snapshots(table);
   resample(table);
   resample_down_pixel_norm(table);
   qkv_norm(table);
+  precondition(table);
+  denoising_loss(table);
+  sampler_step(table);
   return std::move(table.cases);
 }
 

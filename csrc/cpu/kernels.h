@@ -5,6 +5,7 @@
 #include "edm2/adam_step.h"
 #include "edm2/conv_weight_grad.h"
 #include "edm2/cosine_attention.h"
+#include "edm2/denoising_loss.h"
 #include "edm2/ema_update.h"
 #include "edm2/mp_cat.h"
 #include "edm2/mp_fourier.h"
@@ -12,8 +13,10 @@
 #include "edm2/mp_sum.h"
 #include "edm2/normalize_weight.h"
 #include "edm2/pixel_norm.h"
+#include "edm2/precondition.h"
 #include "edm2/resample.h"
 #include "edm2/resample_down_pixel_norm.h"
+#include "edm2/sampler_step.h"
 
 /// KERNEL(name, parameter struct, storage types): every kernel is void name(const Params&, int64_t begin, int64_t end).
 #define EDM2_CPU_KERNELS(KERNEL)                                                                             \
@@ -39,6 +42,10 @@
   KERNEL(qkv_norm, QKVNormParams, "float32 float64 bfloat16")                                                \
   KERNEL(qkv_norm_backward, QKVNormBackwardParams, "float32 float64 bfloat16")                               \
   KERNEL(conv_weight_grad, ConvWeightGradParams, "float32")                                                  \
+  KERNEL(precondition_scale, PreconditionScaleParams, "float32 float64 bfloat16")                            \
+  KERNEL(precondition_output, PreconditionOutputParams, "float32 float64 bfloat16")                          \
+  KERNEL(denoising_loss, DenoisingLossParams, "float32 float64 bfloat16")                                    \
+  KERNEL(sampler_step, SamplerStepParams, "float32 float64 bfloat16")                                        \
   KERNEL(ema_update, EMAUpdateParams, "float32 float64 bfloat16")                                            \
   KERNEL(adam_step, AdamStepParams, "float32 float64")                                                       \
   KERNEL(accumulate_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")

@@ -64,6 +64,27 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   // conv_weight_grad
   m.def("conv_weight_grad(Tensor grad, Tensor x, int kernel_size) -> Tensor");
 
+  // precondition
+  m.def("precondition_input(Tensor x, Tensor sigma, float sigma_data, ScalarType dtype, bool channels_last) -> Tensor");
+  m.def("precondition_output(Tensor x, Tensor f, Tensor sigma, float sigma_data) -> Tensor");
+  m.def(
+      "precondition_output_backward(Tensor grad, Tensor sigma, float sigma_data, ScalarType dtype, bool channels_last) "
+      "-> Tensor");
+
+  // denoising_loss
+  m.def(
+      "denoising_loss(Tensor f, Tensor x, Tensor y, Tensor sigma, Tensor u, float sigma_data, float scale) -> (Tensor, "
+      "Tensor, Tensor)");
+
+  // sampler_step
+  m.def(
+      "sampler_step(Tensor x, Tensor denoised, Tensor? guide, float guidance, Tensor? start, Tensor t_hat, Tensor "
+      "t_next, Tensor? noise, float noise_scale) -> Tensor");
+  m.def(
+      "sampler_step_input(Tensor x, Tensor denoised, Tensor? guide, float guidance, Tensor? start, Tensor t_hat, "
+      "Tensor t_next, Tensor? noise, float noise_scale, float churn, float sigma_data, ScalarType dtype, bool "
+      "channels_last) -> (Tensor, Tensor)");
+
   // ema_update
   m.def("ema_update_(Tensor(a!)[] emas, Tensor[] params, float[] weights) -> ()");
 

@@ -8,6 +8,7 @@ the input.
 
 from edm2ext.ops.accumulate_snapshots import accumulate_snapshots
 from edm2ext.ops.cosine_attention import cosine_attention
+from edm2ext.ops.denoising_loss import denoising_loss
 from edm2ext.ops.ema_update import ema_update_
 from edm2ext.ops.mp_cat import mp_cat
 from edm2ext.ops.mp_conv2d import mp_conv2d, mp_linear
@@ -16,13 +17,17 @@ from edm2ext.ops.mp_silu import mp_silu, mp_silu_modulated
 from edm2ext.ops.mp_sum import mp_sum
 from edm2ext.ops.normalize_weight import effective_weight, force_normalize_, normalize_weight, prepare_weights
 from edm2ext.ops.pixel_norm import pixel_norm
+from edm2ext.ops.precondition import precondition_input, precondition_output
 from edm2ext.ops.prepared_weight import prepared_weight
 from edm2ext.ops.resample import resample_down, resample_up
 from edm2ext.ops.resample_down_pixel_norm import resample_down_pixel_norm
+from edm2ext.ops.sampler_step import NetworkInput, sampler_step
 
 __all__ = [
+    "NetworkInput",
     "accumulate_snapshots",
     "cosine_attention",
+    "denoising_loss",
     "effective_weight",
     "ema_update_",
     "force_normalize_",
@@ -35,9 +40,12 @@ __all__ = [
     "mp_sum",
     "normalize_weight",
     "pixel_norm",
+    "precondition_input",
+    "precondition_output",
     "prepare_weights",
     "prepared_weight",
     "resample_down",
     "resample_down_pixel_norm",
     "resample_up",
+    "sampler_step",
 ]

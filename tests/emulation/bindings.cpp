@@ -18,6 +18,7 @@
 #include "torch/accumulate_snapshots_cuda.cpp"
 #include "torch/adam_step_cuda.cpp"
 #include "torch/cosine_attention_cuda.cpp"
+#include "torch/denoising_loss_cuda.cpp"
 #include "torch/ema_update_cuda.cpp"
 #include "torch/library.cpp"
 #include "torch/mp_cat_cuda.cpp"
@@ -26,8 +27,10 @@
 #include "torch/mp_sum_cuda.cpp"
 #include "torch/normalize_weight_cuda.cpp"
 #include "torch/pixel_norm_cuda.cpp"
+#include "torch/precondition_cuda.cpp"
 #include "torch/resample_cuda.cpp"
 #include "torch/resample_down_pixel_norm_cuda.cpp"
+#include "torch/sampler_step_cuda.cpp"
 
 extern "C" {
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import emulated
@@ -23,6 +24,9 @@ def ops() -> SimpleNamespace:
         "ema_update",
         "adam_step",
         "accumulate_snapshots",
+        "precondition",
+        "denoising_loss",
+        "sampler_step",
     ]  # adam_step has normalize_weight
     torch.ops.load_library(emulated.build("bindings", *kernels))
     return torch.ops.edm2_emulated
@@ -352,6 +356,51 @@ def test_resample(ops: SimpleNamespace, shape: tuple[int, ...], filter: list[flo
         torch.testing.assert_close(backward(grad).double(), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("f_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 8, 4, 6), (1, 3, 5, 7), (2, 1, 3, 3), (0, 4, 2, 2)], ids=str)
+def test_noisy_images(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, f_layout: str):
+    """Preconditioning, the loss and the sampler's step."""
+    x, y, noise = (LAYOUTS[layout](emulated.random_tensor(*shape, dtype=torch.float32, seed=i)) for i in range(3))
+    f = LAYOUTS[f_layout](emulated.random_tensor(*shape, dtype=torch.float16, seed=3))
+    sigma, u = torch.linspace(0.3, 3, shape[0]), torch.linspace(-1, 1, shape[0])
+    if shape[0] == 0:
+        sigma = torch.ones(1)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+    kept, f_kept = reference.memory_format(x), reference.memory_format(f)
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        arguments = x, sigma, 0.4, torch.float16
+        x_in = ops.precondition_input(*arguments, memory_format == torch.channels_last)
+        close(x_in, reference.precondition_input(*arguments, memory_format))
+        assert x_in.is_contiguous(memory_format=memory_format) or x_in.numel() == 0
+    denoised = ops.precondition_output(x, f, sigma, 0.4)
+    close(denoised, reference.precondition_output(x, f, sigma, 0.4))
+    assert denoised.is_contiguous(memory_format=kept)
+    grad_f = ops.precondition_output_backward(y, sigma, 0.4, torch.float16, f_kept == torch.channels_last)
+    c_out = reference.precondition_output(torch.zeros_like(x), torch.ones_like(f), sigma, 0.4)
+    close(grad_f, (c_out * y).half())
+    assert grad_f.is_contiguous(memory_format=f_kept)
+
+    levels = sigma[: shape[0]]
+    got = ops.denoising_loss(f, x, y, levels, u, 0.4, 0.5)
+    for out, truth in zip(got, reference.denoising_loss(f, x, y, levels, u, 0.4, 0.5), strict=True):
+        close(out, truth)
+    assert got[1].is_contiguous(memory_format=f_kept)
+
+    t_hat, t_next = torch.tensor(1.7), torch.tensor(1.1)
+    noise_scale = 1.1 * (1.2**2 - 1) ** 0.5
+    step = (denoised, y, 2.0, noise, t_hat, t_next, noise, noise_scale)
+    options = {"guide": y, "guidance": 2.0, "start": noise, "noise": noise, "churn": 0.2, "S_noise": 1.1}
+    expected = reference.sampler_step(x, denoised, t_hat, t_next, **options)
+    out = ops.sampler_step(x, *step)
+    close(out, expected)
+    assert out.is_contiguous(memory_format=kept)
+    again, x_in = ops.sampler_step_input(x, *step, 0.2, 0.4, torch.float16, True)
+    assert torch.equal(again, out)
+    close(x_in, reference.precondition_input(out, t_next * 1.2, 0.4, torch.float16, torch.channels_last))
+
+
 @pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)
 @pytest.mark.parametrize("shape", [(2, 8, 4, 6), (1, 3, 5, 7), (0, 4, 2, 2)], ids=str)
 def test_resample_down_pixel_norm(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
@@ -524,6 +573,30 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
         "mp_silu_backward: grad: expected shape": lambda: ops.mp_silu_backward(x[:1], x),
         "pixel_norm_silu_backward: grad_silu: expected dtype": lambda: ops.pixel_norm_silu_backward(
             x, x.half(), x, EPS
+        ),
+        "precondition_input: x: expected dtype Float, got Half": lambda: ops.precondition_input(
+            x[None].half(), c[0], 0.5, torch.float16, True
+        ),
+        r"precondition_input: sigma: expected 1 or 1 elements, got shape \[3\]": lambda: ops.precondition_input(
+            x[None], c[0], 0.5, torch.float16, True
+        ),
+        r"precondition_output: f: expected shape \[1, 2, 3, 4\], got \[2, 3, 4\]": lambda: ops.precondition_output(
+            x[None], x, c[0, :1], 0.5
+        ),
+        "precondition_output: x: expected float32, float16 or bfloat16 on a GPU, got Double": (
+            lambda: ops.precondition_output(x[None].double(), x[None].double(), c[0, :1].double(), 0.5)
+        ),
+        r"denoising_loss: u: expected shape \[1\], got \[1, 1\]": lambda: ops.denoising_loss(
+            *[x[None]] * 3, c[0, :1], c[:1, :1], 0.5, 1.0
+        ),
+        "denoising_loss: y: expected dtype Float, got Half": lambda: ops.denoising_loss(
+            x[None], x[None], x[None].half(), c[0, :1], c[0, :1], 0.5, 1.0
+        ),
+        r"sampler_step: t_hat: expected one number, got shape \[2\]": lambda: ops.sampler_step(
+            x[None], x[None], None, 1.0, None, c[:, 0], c[0, 0], None, 0.0
+        ),
+        "sampler_step_input: start: expected shape": lambda: ops.sampler_step_input(
+            x[None], x[None], None, 1.0, x, c[0, 0], c[0, 0], None, 0.0, 0.0, 0.5, torch.float16, True
         ),
         "resample_up: filter: expected at most 128 taps on a GPU, got 130": lambda: ops.resample_up(
             x[None], [1.0] * 130

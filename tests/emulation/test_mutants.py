@@ -264,12 +264,53 @@ FAULTS = [
     ("accumulate_snapshots.cuh", "m * table.row_stride", "m * table.numel"),
     ("accumulate_snapshots.cu", "params.coefs[n * params.num_outputs + m]", "params.coefs[m * params.num_inputs + n]"),
     ("accumulate_snapshots.cu", "params.out + part.first_output * params.row_stride", "params.out"),
+    ("image.cuh", "first - outer * inner", "first"),
+    ("image.cuh", "if (++within == inner) {", "if (++within > inner) {"),
+    (
+        "image.cuh",
+        "pixel * channels + channel : channel * pixels + pixel",
+        "channel * pixels + pixel : channel * pixels + pixel",
+    ),
+    ("image.cuh", "(i - sample * units) * N", "(i - sample * units)"),
+    ("precondition.cuh", "channel < image.channels", "true"),
+    (
+        "precondition.cuh",
+        "input ? math::c_in(sigma, sigma_data) : math::c_out",
+        "input ? math::c_out(sigma, sigma_data) : math::c_out",
+    ),
+    ("precondition.cuh", "sigmas[sigma_per_sample ? unit.sample : 0]", "sigmas[unit.sample]"),
+    ("precondition.cu", "to.numel() % kPack<T> == 0 && ", ""),
+    ("precondition.cu", "image.numel() % kWidth == 0 && ", ""),
+    ("precondition.cu", " && all_aligned(params.x, params.out)", ""),
+    ("denoising_loss.cuh", "2.0f * scale", "scale"),
+    ("denoising_loss.cuh", "::exp(-u)", "::exp(u)"),
+    ("denoising_loss.cuh", "expf(-us[sample])", "expf(us[sample])"),
+    ("denoising_loss.cuh", "left < kLossChunk ? left : kLossChunk", "kLossChunk"),
+    ("denoising_loss.cuh", "if (threadIdx.x == 0) squares", "if (threadIdx.x == 1) squares"),
+    ("denoising_loss.cuh", "count - total", "count + total"),
+    ("denoising_loss.cu", "raw.numel() % kPack<T> == 0 && ", ""),
+    (
+        "sampler_step.cuh",
+        "math::sampler_step(k, x.v[i], denoised.v[i], guide.v[i], start.v[i])",
+        "math::sampler_step(k, x.v[i], denoised.v[i], guide.v[i], x.v[i])",
+    ),
+    ("sampler_step.cuh", "if (channel == 0) ", ""),
+    (
+        "sampler_step.cu",
+        "params.guide, params.start, params.noise, params.out);",
+        "params.guide, params.start, params.out);",
+    ),
     ("accumulate_snapshots.cu", "Large::kCoefs / (kParts * part.num_inputs)", "Large::kCoefs / part.num_inputs"),
 ]
 _OPS = ("pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm")
 _OPS += ("cosine_attention", "ema_update", "adam_step", "normalize_weight", "accumulate_snapshots")
+_OPS += ("precondition", "denoising_loss", "sampler_step")
 # Whose tests run: those of all ops, unless the file is an op's own or listed here.
-_USERS = {**{name: (name,) for name in _OPS}, "rows": ("normalize_weight", "adam_step")}
+_USERS = {
+    **{name: (name,) for name in _OPS},
+    "rows": ("normalize_weight", "adam_step"),
+    "image": ("precondition", "denoising_loss", "sampler_step"),
+}
 
 
 @pytest.mark.slow

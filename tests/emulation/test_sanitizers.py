@@ -10,6 +10,7 @@ import pytest
 
 KERNELS = ["pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm"]
 KERNELS += ["cosine_attention", "ema_update", "adam_step", "normalize_weight", "accumulate_snapshots"]
+KERNELS += ["precondition", "denoising_loss", "sampler_step"]
 FILES = ["test_emulator.py", *(f"test_emulated_{name}.py" for name in KERNELS)]
 
 

@@ -326,6 +326,66 @@ def test_sum_and_cat_match_reference(shape: tuple[int, ...], dtype: torch.dtype,
         compare(*cats, [a, other], grads, {"mp_cat_silu", "mp_cat_silu_backward"})
 
 
+IMAGES = [(2, 4, 16, 16), (3, 3, 5, 7), (1, 1, 1, 1), (2, 31, 3, 9), (4, 4, 64, 64), (0, 4, 3, 3), (2, 3, 33, 31)]
+LAYOUTS_OF_TWO = [("contiguous", "channels_last"), ("channels_last", "contiguous"), ("misaligned", "misaligned")]
+
+
+@pytest.mark.parametrize(("layout", "f_layout"), LAYOUTS_OF_TWO)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_preconditioning_and_loss(shape: tuple[int, ...], dtype: torch.dtype, layout: str, f_layout: str):
+    x, y = (LAYOUTS[layout](randn(*shape, seed=i)) for i in range(2))
+    f = LAYOUTS[f_layout](randn(*shape, seed=2).to(dtype))
+    sigma, u = randn(shape[0], seed=3).exp(), randn(shape[0], seed=4)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with NativeCalls() as seen:
+            got = ops.precondition_input(x, sigma, 0.4, dtype, memory_format)
+        assert seen.names == ["edm2::precondition_input"]
+        plain = reference.precondition_input(x, sigma, 0.4, dtype, memory_format)
+        assert_accurate(got, plain, reference.precondition_input(x.double(), sigma.double(), 0.4))
+    for denoised in (ops.precondition_output, reference.precondition_output):
+        assert denoised(x, f, sigma).dtype == torch.float32
+    calls = {"precondition_output", "precondition_output_backward"}
+    with NativeCalls() as seen:
+        got = run(lambda f: ops.precondition_output(x, f, sigma, 0.4), [f], [y])
+    assert set(seen.names) == {f"edm2::{name}" for name in calls}
+    plain = run(lambda f: reference.precondition_output(x, f, sigma, 0.4), [f], [y])
+    double = x.double(), sigma.double()
+    exact = run(lambda f: reference.precondition_output(double[0], f, double[1], 0.4), [f.double()], [y.double()])
+    for out, low, high in zip(got, plain, exact, strict=True):
+        assert_accurate(out, low, high)
+    inputs = [f, x, y, sigma, u]
+    with NativeCalls() as seen:
+        got = ops.denoising_loss(*inputs, 0.4, 0.7)
+    assert seen.names == ["edm2::denoising_loss"]
+    plain = reference.denoising_loss(*inputs, 0.4, 0.7)
+    exact = reference.denoising_loss(*(t.double() for t in inputs), 0.4, 0.7)
+    for out, low, high in zip(got, plain, exact, strict=True):
+        assert_accurate(out, low, high)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_sampler_step(shape: tuple[int, ...], dtype: torch.dtype, layout: str):
+    x, denoised, guide, start, noise = (LAYOUTS[layout](randn(*shape, seed=i)) for i in range(5))
+    t_hat, t_next = torch.tensor([1.7, 1.1], device="cuda").unbind()
+    heun = {"guide": guide, "guidance": 2.2, "start": start, "noise": noise, "churn": 0.3, "S_noise": 1.003}
+    for options in ({}, heun):
+        double = {name: v.double() if isinstance(v, Tensor) else v for name, v in options.items()}
+        exact = reference.sampler_step(*(t.double() for t in (x, denoised, t_hat, t_next)), **double)
+        plain = reference.sampler_step(x, denoised, t_hat, t_next, **options)
+        network = ops.NetworkInput(0.4, dtype, torch.channels_last)
+        with NativeCalls() as seen:
+            out, x_in = ops.sampler_step(x, denoised, t_hat, t_next, **options, network=network)
+        assert seen.names == ["edm2::sampler_step_input"]
+        assert_accurate(out, plain, exact)
+        sigma = t_next * (1 + options.get("churn", 0))
+        expected = reference.precondition_input(plain, sigma, *network)
+        assert_accurate(x_in, expected, reference.precondition_input(exact, sigma.double(), 0.4))
+        assert torch.equal(ops.sampler_step(x, denoised, t_hat, t_next, **options)[0], out)
+
+
 @pytest.mark.parametrize("bandwidth", [1.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "channels"), [(1, 1), (32, 192), (3, 33), (300, 5), (2, 5000)])

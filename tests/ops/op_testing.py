@@ -117,6 +117,17 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list
     "resample_down": (lambda m, x: m.resample_down(x, (1, 3, 3, 1)), [(1, 1, 5, 4)]),
     "resample_down_pixel_norm": (lambda m, x: m.resample_down_pixel_norm(x), [(1, 2, 5, 4)]),
     "resample_up": (lambda m, x: m.resample_up(x, (1, 3, 3, 1)), [(1, 1, 3, 2)]),
+    "precondition_input": (lambda m, x, s: m.precondition_input(x, s.exp()), [(2, 3, 2, 2), (2,)]),
+    "precondition_output": (
+        lambda m, x, f, s: m.precondition_output(x, f, s.exp(), 0.4),
+        [(2, 3, 2, 2), (2, 3, 2, 2), (1,)],
+    ),
+    "precondition_output_of_f": (
+        lambda m, f: m.precondition_output(
+            torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2).to(f), f, f.new_tensor([0.3, 2])
+        ),
+        [(2, 3, 2, 2)],
+    ),
     "normalize_weight": (lambda m, w: m.normalize_weight(w), [(3, 2, 2)]),
     "effective_weight": (lambda m, w, g: m.effective_weight(w, g), [(3, 4), ()]),
     "effective_weight_number": (lambda m, w: m.effective_weight(w, 0.7), [(3, 4)]),

@@ -50,6 +50,33 @@ def arguments(name: str, r: Make) -> list[tuple]:
         "mp_cat_silu_backward": [(expanded(x), r(2, 6, 4, 5), x, 2, 0.3), (x, y, y, 2, 0.5)],
         "mp_fourier": [(r(4), r(9), r(9))],
         "mp_fourier_backward": [(r(4, 9), r(4), r(9), r(9)), (expanded(r(4, 9)), r(4), r(9), r(9))],
+        "precondition_input": [
+            (x.detach(), torch.rand(2), 0.5, torch.bfloat16, True),
+            (y.detach(), torch.rand(1), 0.4, torch.float32, False),
+        ],
+        "precondition_output": [
+            (x.detach(), y, torch.rand(2), 0.5),
+            (y.detach(), x.detach().bfloat16(), torch.rand(1), 0.4),
+        ],
+        "precondition_output_backward": [
+            (expanded(x), torch.rand(2), 0.5, torch.float32, True),
+            (y.detach(), torch.rand(1), 0.4, torch.bfloat16, False),
+        ],
+        "denoising_loss": [
+            (x.detach(), y.detach(), r(2, 6, 4, 5).detach(), torch.rand(2), torch.rand(2), 0.5, 0.1),
+            (y.detach().bfloat16(), x.detach(), expanded(x), torch.rand(2), torch.rand(2), 0.4, 1.0),
+        ],
+        "sampler_step": [
+            (x.detach(), y.detach(), None, 1.0, None, *torch.rand(2), None, 0.0),
+            (y.detach(), *[expanded(x)] * 2, 2.0, x.detach(), *torch.rand(2), x.detach(), 1.5),
+        ],
+        "sampler_step_input": [
+            (x.detach(), y.detach(), None, 1.0, None, *torch.rand(2), None, 0.0, 0.0, 0.5, torch.bfloat16, True),
+            (
+                *[y.detach(), *[expanded(x)] * 2, 2.0, x.detach(), *torch.rand(2), x.detach(), 1.5],
+                *[0.1, 0.4, torch.float32, False],
+            ),
+        ],
         "resample_down": [(x, BOX), (y, TAPS)],
         "resample_down_backward": [(r(2, 6, 2, 2), BOX, 4, 5), (channels_last(r(2, 6, 2, 3)), TAPS, 4, 6)],
         "resample_down_pixel_norm": [(x, 1e-4), (y, 1e-4)],
@@ -114,7 +141,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 38
+    assert len(NAMES) == 44
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

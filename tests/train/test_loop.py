@@ -129,9 +129,9 @@ def test_accumulation_is_the_same_mathematics() -> None:
     """With the random numbers out of the way, rounds of 16 give the gradient of a batch of 64."""
 
     class NoNoise:
-        def __call__(self, net: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        def backward(self, net: torch.nn.Module, images: Tensor, labels: Tensor, scale: float) -> Tensor:
             sigma = torch.linspace(0.5, 1.0, 10)[labels.argmax(dim=1)].reshape(-1, 1, 1, 1)
-            return loop.EDM2Loss().at(net, images, labels, sigma, images)
+            return loop.EDM2Loss().backward_at(net, images, labels, sigma, images, scale)
 
     images, labels = next(random_batches(64))
     moments = []
@@ -271,8 +271,8 @@ def test_status_and_checkpoint_files(tmp_path: Path) -> None:
 
 
 def test_nonfinite_warning_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = loop.EDM2Loss.at
-    monkeypatch.setattr(loop.EDM2Loss, "at", lambda self, *args: at(self, *args) * math.inf)
+    backward_at = loop.EDM2Loss.backward_at
+    monkeypatch.setattr(loop.EDM2Loss, "backward_at", lambda self, *args: backward_at(self, *args[:-1], math.inf))
     run(dataclasses.replace(TINY, duration=1024, checkpoint=0, snapshot=0), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "WARNING: gradient values that were not finite since 0 images, counted as 0: unet.emb_noise.weight (" in log

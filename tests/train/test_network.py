@@ -195,14 +195,15 @@ def test_preconditioning(sigma: float, c_skip: float, c_out: float, c_in: float,
 
         def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
             self.seen = x, noise_labels, class_labels
-            return torch.full_like(x, 3.0)
+            return torch.full_like(x[:, :4], 3.0)
 
     net.unet = Raw()
     x = torch.randn(2, 4, 16, 16)
     D = net(x, sigma)
     seen, noise_labels, labels = net.unet.seen
     torch.testing.assert_close(D, c_skip * x + c_out * 3.0, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(seen, c_in * x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(seen[:, :4], c_in * x, rtol=1e-6, atol=0)
+    assert torch.equal(seen[:, 4:], torch.ones(2, 1, 16, 16))
     assert noise_labels.tolist() == pytest.approx([c_noise], abs=1e-6)
     assert labels is None
 

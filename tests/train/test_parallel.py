@@ -24,11 +24,11 @@ class Stored:
         self.loss = EDM2Loss(options.P_mean, options.P_std)
         self.means: list[float] = []
 
-    def __call__(self, net: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def backward(self, net: torch.nn.Module, images: Tensor, labels: Tensor, scale: float) -> Tensor:
         rnd_normal, noise = next(self.draws)
-        loss = self.loss.at(net, images, labels, self.loss.sigma(rnd_normal), noise)
-        self.means.append(float(loss.detach().mean()))
-        return loss
+        mean = self.loss.backward_at(net, images, labels, self.loss.sigma(rnd_normal), noise, scale)
+        self.means.append(float(mean))
+        return mean
 
 
 def train_on_stored(world: World, force_normalize: str) -> dict[str, object]:
@@ -101,7 +101,7 @@ def test_reduction_overlaps_the_backward_pass(tmp_path: Path) -> None:
     try:
         options = make_options("digits", batch=BATCH, duration=BATCH)
         trainer = Trainer(build_network(options, 8, 1, 10), options)
-        trainer.ddp = torch.nn.parallel.DistributedDataParallel(trainer.net)
+        trainer.raw = ddp = torch.nn.parallel.DistributedDataParallel(trainer.raw)
         events: list[str] = []
 
         def reduce(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
@@ -110,7 +110,7 @@ def test_reduction_overlaps_the_backward_pass(tmp_path: Path) -> None:
             done.set_result(bucket.buffer())
             return done
 
-        trainer.ddp.register_comm_hook(None, reduce)
+        ddp.register_comm_hook(None, reduce)
         for name, param in zip(trainer.names, trainer.params, strict=True):
             if param.requires_grad:
                 param.register_hook(lambda grad, name=name: events.append(name))
