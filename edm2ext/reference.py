@@ -8,7 +8,7 @@ Dynamics of Diffusion Models" (arXiv 2312.02696).
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,14 @@ def _autocast_off(x: Tensor) -> AbstractContextManager:
 def _resample_kernel(x: Tensor, taps: list[float], scale: float) -> Tensor:
     outer = [[scale * row * column for column in taps] for row in taps]
     return torch.tensor(outer, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, -1, -1)
+
+
+class NetworkInput(NamedTuple):
+    """How a network takes its input: the last arguments of `precondition_input`."""
+
+    sigma_data: float
+    dtype: torch.dtype
+    memory_format: torch.memory_format
 
 
 def precondition_input(

@@ -60,11 +60,11 @@ REGISTERS = {
     "accumulate_snapshots_tiles": 80,
     "adam_rows": 128,
     "adam_gains": 80,
-    "precondition_scale_units": 48,
-    "precondition_output_units": 48,
+    "precondition_scale_units": 80,
+    "precondition_output_units": 80,
     "denoising_loss_chunks": 64,
     "denoising_loss_samples": 40,
-    "sampler_step_units": 64,
+    "sampler_step_units": 80,
 }
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [

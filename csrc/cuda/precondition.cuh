@@ -8,7 +8,7 @@ namespace edm2::cuda {
 
 /// c_in * image and ones in the channels past the image's if `input`, else c_out * image.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     precondition_scale_units(const float* __restrict__ images, const float* __restrict__ sigmas, T* __restrict__ out,
                              Image image, Image to, int64_t batch, bool input, bool sigma_per_sample,
                              double sigma_data) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
 
 /// D = c_skip * x + c_out * F. x and D are alike.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
     precondition_output_units(const float* __restrict__ x, const T* __restrict__ f, const float* __restrict__ sigmas,
                               float* __restrict__ out, Image image, Image raw, int64_t batch, bool sigma_per_sample,
                               double sigma_data) {

@@ -1,25 +1,16 @@
 """A step of the sampler (specification 6.1, 6.2): Euler and Heun, guidance, churn and the network's next input."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from edm2ext import backend, checks, reference
 from edm2ext.backend import empty_output
 from edm2ext.ops.precondition import precondition_input
+from edm2ext.reference import NetworkInput
 
 _step = backend.op("sampler_step")
 _step_input = backend.op("sampler_step_input")
 _KERNELS = backend.kernels("sampler_step", "sampler_step_input")
-
-
-class NetworkInput(NamedTuple):
-    """How a network takes its input: the last arguments of `precondition_input`."""
-
-    sigma_data: float
-    dtype: torch.dtype
-    memory_format: torch.memory_format
 
 
 def sampler_step(
