@@ -10,15 +10,15 @@ from edm2ext.phema import power_beta
 from python_train import rng
 from python_train.config import TrainOptions
 from python_train.data import Encoder
-from python_train.loop import COMPUTE_DTYPES, learning_rate
 from python_train.loss import EDM2Loss
 from python_train.network import Precond
+from python_train.trainer import COMPUTE_DTYPES, learning_rate
 
 SIGMA_RELS = (0.05, 0.10)
 
 
 class PlainTrainer:
-    """The same mathematics as `python_train.loop.Trainer` without its kernels: layers of plain torch that normalise
+    """The same mathematics as `python_train.trainer.Trainer` without its kernels: layers of plain torch that normalise
     their own weights, autograd's gradients, torch's fused Adam, `_foreach` averages. One process, one round a step."""
 
     def __init__(self, net: Precond, options: TrainOptions, encoder: Encoder) -> None:

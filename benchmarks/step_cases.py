@@ -9,8 +9,8 @@ from benchmarks.op_cases import Case
 from benchmarks.plain_step import PlainTrainer
 from python_train.config import TrainOptions, make_options
 from python_train.data import PixelEncoder
-from python_train.loop import Trainer
 from python_train.network import Precond
+from python_train.trainer import Trainer
 
 BENCHMARK_16 = TrainOptions(
     model_channels=32, channel_mult=(1, 2, 3), num_blocks=3, batch=32, duration=32, precision="fp32", rampup=0, decay=0

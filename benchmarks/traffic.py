@@ -2,7 +2,7 @@
 
 python benchmarks/traffic.py --preset img512-s --batch 32 [--dtype fp16] [--backend native|reference] [--json FILE]
 
-The step of `python_train.loop` (for plain torch that of `benchmarks.plain_step`) runs on meta tensors: see
+The step of `python_train.trainer` (for plain torch that of `benchmarks.plain_step`) runs on meta tensors: see
 `edm2ext.traffic`.
 """
 
@@ -23,8 +23,9 @@ import edm2ext
 from benchmarks.plain_step import PlainTrainer
 from edm2ext.traffic import PHASES, Counter, Traffic, counting
 from python_train.config import PRESETS, make_options
-from python_train.loop import COMPUTE_DTYPES, Trainer, World
 from python_train.network import Precond
+from python_train.trainer import COMPUTE_DTYPES, Trainer
+from python_train.world import World
 
 _RESOLUTION_CHANNELS_LABELS = {"img512": (64, 4, 1000), "img64": (64, 3, 1000), "digits": (8, 1, 10)}
 

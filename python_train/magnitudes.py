@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edm2ext.nn import MPConv, MPLinear
+from python_train import data
 from python_train.network import Block, Precond
 
 _BLOCK_NAME = re.compile(r"unet\.(enc|dec)\.(\d+)x\d+_\w+")
@@ -99,12 +100,32 @@ def as_stats(buckets: list[Bucket]) -> dict[str, float]:
     return stats
 
 
-def drifting(buckets: list[Bucket], weights_to: float = 1.5, activations_to: float = 50.0) -> list[str]:
-    """One sentence for each layer whose magnitudes are far from what the architecture keeps them at: rows of weights
-    at 1 and activations in the order of 1 (the paper's configurations E to G stay below 15; Fig. 3)."""
+def drifting(buckets: list[Bucket], weights_to: float = 1.5, activations_to: float = 50.0) -> dict[str, str]:
+    """A sentence for each layer whose magnitudes are far from what the architecture keeps them at: rows of weights at 1
+    and activations in the order of 1 (the paper's configurations E to G stay below 15; Fig. 3)."""
     weights = [m for bucket in buckets for m in bucket.weights if not m.max <= weights_to]
     activations = [m for bucket in buckets for m in bucket.activations if not m.max <= activations_to]
-    return [
-        *(f"weights of {m.layer} have rows of magnitude {m.max:.3g} (kept at 1)" for m in weights),
-        *(f"activations of {m.layer} reach magnitude {m.max:.3g} (about 1 expected)" for m in activations),
-    ]
+    return {
+        **{m.layer: f"activations of {m.layer} reach magnitude {m.max:.3g} (about 1 expected)" for m in activations},
+        **{m.layer: f"weights of {m.layer} have rows of magnitude {m.max:.3g} (kept at 1)" for m in weights},
+    }
+
+
+class Probe:
+    """The first images of a data set at fixed noise levels: what a network's magnitudes are measured on in training."""
+
+    def __init__(self, dataset: data.Dataset, encoder: data.Encoder, device: torch.device, images: int = 32) -> None:
+        self.indices = range(min(images, dataset.num_images))
+        self.dataset = dataset
+        self.encoder = encoder
+        self.device = device
+
+    def measure(self, net: Precond) -> list[Bucket]:
+        """Magnitudes of the network as it is, unaveraged: for all images once, sigma log-normal around the loss's."""
+        stored = torch.stack([torch.from_numpy(self.dataset.read(i)) for i in self.indices]).to(self.device)
+        labels = torch.stack([torch.as_tensor(self.dataset.label(i)) for i in self.indices]).to(self.device)
+        generator = torch.Generator().manual_seed(0)
+        images = self.encoder.encode(stored)
+        sigma = (torch.randn(len(images), generator=generator) * 1.4 - 0.6).exp().to(self.device)
+        noise = torch.randn(images.shape, generator=generator).to(self.device)
+        return measure(net, images + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels)

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import edm2ext
 from edm2ext.traffic import Counter, counting
 from python_train.config import TrainOptions
-from python_train.loop import COMPUTE_DTYPES, Trainer, World
 from python_train.network import Precond
+from python_train.trainer import COMPUTE_DTYPES, Trainer
+from python_train.world import World
 
 PEAK_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
 FREE_MEMORY = 0.92  # of the GPU's, left by its driver, the allocator's gaps and the workspaces of libraries

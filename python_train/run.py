@@ -13,6 +13,9 @@ import torch
 import edm2ext
 from python_train import UserError, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PRECISIONS, PRESETS, TrainOptions
+from python_train.run_dir import STATES_KEPT
+from python_train.stop import EXIT_STOPPED, Stopped
+from python_train.world import World, open_world
 
 # What the presets' names say they are for; a dry run without --data counts on it (spec 1.1, 1.2).
 _NOMINAL_DATA = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
@@ -51,6 +54,7 @@ Examples:
 IMAGES are integers, optionally with Ki, Mi or Gi (1024, 1024^2, 1024^3). Running a command again continues its
 run from the latest training state, with the same numbers as if it had not stopped. The duration, the slice and
 the intervals may be changed freely then; anything else is refused with the differences listed, unless --override.
+SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75.
 """
 
 
@@ -116,7 +120,7 @@ def main(
         if given["data"] is None and preset != "digits" and not dry_run:
             raise UserError(f"preset {preset} needs --data: a folder or ZIP of images (only 'digits' is embedded)")
         outdir = outdir or Path("runs") / (preset or Path(options.data).stem)
-        with loop.open_world(device) as world:
+        with open_world(device) as world:
             options.validate(world.size)
             nominal = _NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
             dataset = None if nominal else data.open_dataset(options.data, options.cond)
@@ -138,6 +142,9 @@ def main(
                 _say_what_next(options, outdir, nimg)
     except UserError as error:
         raise click.ClickException(str(error)) from error
+    except Stopped as stopped:
+        click.echo(f"{stopped}; the same command continues")
+        ctx.exit(EXIT_STOPPED)
     except OSError as error:
         hint = " (the disk is full)" if error.errno == errno.ENOSPC else ""
         raise click.ClickException(f"{error}{hint}") from error
@@ -151,7 +158,7 @@ def _print_settings(
     options: TrainOptions,
     preset: str | None,
     outdir: Path,
-    world: loop.World,
+    world: World,
     dataset: data.Dataset | tuple[int, int, int],
 ) -> tuple[int, int, int, int]:
     """What is going to happen, in a dozen lines; ``dataset`` may be just (resolution, channels, label_dim). Returns
@@ -189,7 +196,7 @@ def _print_settings(
         "precision": options.precision if computed == options.precision else f"{options.precision} (here: {computed})",
         "seed": str(options.seed),
         "files": f"{outdir}: {every}",
-        "disk": plan.describe_disk(options, parameters, loop.STATES_KEPT),
+        "disk": plan.describe_disk(options, parameters, STATES_KEPT),
         "device": _device_text(world.device),
         "torch": f"{torch.__version__}; ops: {ops}",
     }.items():
@@ -200,7 +207,7 @@ def _print_settings(
 def _print_prediction(
     options: TrainOptions,
     gpu: plan.GPU | None,
-    world: loop.World,
+    world: World,
     resolution: int,
     channels: int,
     label_dim: int,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from python_train.config import TrainOptions
-from python_train.loop import Trainer
 from python_train.network import Precond
+from python_train.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = ("cond", "uncond", "latent")

@@ -9,7 +9,7 @@ import torch
 from golden_network import FORWARD, GRADIENT, NETWORKS, TRAJECTORY, Golden, Replay, error, worst
 
 from edm2ext import ops
-from python_train.loop import Trainer
+from python_train.trainer import Trainer
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

@@ -19,7 +19,12 @@ from torch import Tensor
 from edm2ext import ops
 from python_train import UserError, checkpoint, data, loop
 from python_train.config import TrainOptions, make_options
-from python_train.loop import RunDir, Trainer, World, learning_rate, stop_point, train
+from python_train.loop import stop_point, train
+from python_train.loss import EDM2Loss
+from python_train.run_dir import RunDir
+from python_train.stop import Stopped, StopRequest
+from python_train.trainer import Trainer, learning_rate
+from python_train.world import World, open_world
 
 TINY = make_options(
     "digits",
@@ -131,7 +136,7 @@ def test_accumulation_is_the_same_mathematics() -> None:
     class NoNoise:
         def backward(self, net: torch.nn.Module, images: Tensor, labels: Tensor, scale: float) -> Tensor:
             sigma = torch.linspace(0.5, 1.0, 10)[labels.argmax(dim=1)].reshape(-1, 1, 1, 1)
-            return loop.EDM2Loss().backward_at(net, images, labels, sigma, images, scale)
+            return EDM2Loss().backward_at(net, images, labels, sigma, images, scale)
 
     images, labels = next(random_batches(64))
     moments = []
@@ -215,7 +220,7 @@ def test_world_of_one() -> None:
     world = World()
     assert world.sum(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
     world.check_equal(torch.nn.Linear(1, 1))
-    with pytest.raises(UserError, match="device 'tpu' cannot be used here"), loop.open_world("tpu"):
+    with pytest.raises(UserError, match="device 'tpu' cannot be used here"), open_world("tpu"):
         pass
 
 
@@ -245,7 +250,13 @@ def test_status_and_checkpoint_files(tmp_path: Path) -> None:
         "training-state-0000001.pt",
     ]
     first, *_, last = [json.loads(line) for line in (outdir / "stats.jsonl").read_text().splitlines()]
-    assert first.keys() == {
+    assert {key for key in first if key.startswith("Magnitude/")} == {
+        f"Magnitude/{bucket}/{kind}_{which}"
+        for bucket in ("Enc 8", "Enc 4", "Dec 4", "Dec 8")
+        for kind in ("activations", "weights")
+        for which in ("max", "mean")
+    }
+    assert {key for key in first if not key.startswith("Magnitude/")} == {
         "Loss/loss",
         "Loss/learning_rate",
         "Loss/nonfinite_gradients",
@@ -271,8 +282,8 @@ def test_status_and_checkpoint_files(tmp_path: Path) -> None:
 
 
 def test_nonfinite_warning_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward_at = loop.EDM2Loss.backward_at
-    monkeypatch.setattr(loop.EDM2Loss, "backward_at", lambda self, *args: backward_at(self, *args[:-1], math.inf))
+    backward_at = EDM2Loss.backward_at
+    monkeypatch.setattr(EDM2Loss, "backward_at", lambda self, *args: backward_at(self, *args[:-1], math.inf))
     run(dataclasses.replace(TINY, duration=1024, checkpoint=0, snapshot=0), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "WARNING: gradient values that were not finite since 0 images, counted as 0: unet.emb_noise.weight (" in log
@@ -473,11 +484,11 @@ def test_two_processes(tmp_path: Path) -> None:
 _WORLD_THAT_ENDS = """
 import sys
 from pathlib import Path
-from python_train import config, data, loop
+from python_train import config, data, loop, world
 
 options = config.make_options("digits", model_channels=8, num_blocks=1, batch=32, duration=64)
-with loop.open_world("cpu") as world:
-    loop.train(options, data.open_dataset(options.data), sys.argv[1], world)
+with world.open_world("cpu") as processes:
+    loop.train(options, data.open_dataset(options.data), sys.argv[1], processes)
 names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
 sys.exit(" ".join(name for name in names if "gloo" in name) or None)
 """
@@ -491,3 +502,38 @@ def test_no_thread_of_the_process_group_is_left(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "script.py"), str(tmp_path / "run")]
     done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_the_state_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    handler = signal.getsignal(number)
+    options = dataclasses.replace(TINY, duration=1024, checkpoint=0, snapshot=0)
+    with monkeypatch.context() as patch:
+        step = Trainer.step
+
+        def signalled(self: Trainer, batches: object) -> None:
+            if self.nimg == 320:
+                os.kill(os.getpid(), number)
+            step(self, batches)
+
+        patch.setattr(Trainer, "step", signalled)
+        name = signal.Signals(number).name
+        with pytest.raises(Stopped, match=rf"asked to stop \({name}\): 384 images are done and saved"):
+            run(options, tmp_path / "run")
+    assert signal.getsignal(number) == handler
+    assert [path.name for path in checkpoint.list_states(tmp_path / "run")] == [checkpoint.state_name(384)]
+    run(dataclasses.replace(options, checkpoint=1024), tmp_path / "run")
+    run(dataclasses.replace(options, checkpoint=1024), tmp_path / "whole")
+    resumed, whole = (final_files(tmp_path / name)["state"] for name in ("run", "whole"))
+    assert same(resumed, whole)
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path: Path) -> None:
+    with StopRequest(World()) as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.agreed()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -62,9 +62,10 @@ def test_drift_names_the_layer(net: Precond) -> None:
     net.unet.enc["4x4_block0"].conv_res0.weight.data[3] *= 7
     net.unet.enc["4x4_block0"].conv_skip.weight.data.fill_(math.nan)
     lines = magnitudes.drifting(list(measured(net).values()))
-    assert any(line.startswith("weights of unet.enc.4x4_block0.conv_res0 have rows of magnitude 7") for line in lines)
-    assert any(line.startswith("weights of unet.enc.4x4_block0.conv_skip have rows of magnitude nan") for line in lines)
-    assert any(line.startswith("activations of unet.enc.4x4_block0.conv_skip reach magnitude nan") for line in lines)
+    block = "unet.enc.4x4_block0"
+    assert lines[f"{block}.conv_res0"].startswith(f"weights of {block}.conv_res0 have rows of magnitude 7")
+    assert lines[f"{block}.conv_skip"] == f"weights of {block}.conv_skip have rows of magnitude nan (kept at 1)"
+    assert lines[f"{block}.conv_res1"] == f"activations of {block}.conv_res1 reach magnitude nan (about 1 expected)"
 
 
 def test_statistics(net: Precond) -> None:

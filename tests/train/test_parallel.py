@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from python_train.config import TrainOptions, make_options
-from python_train.loop import Trainer, World, build_network
+from python_train.loop import build_network
 from python_train.loss import EDM2Loss
+from python_train.trainer import Trainer
+from python_train.world import World
 
 BATCH, STEPS = 12, 5
 

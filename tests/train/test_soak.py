@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from python_train import checkpoint, config, data, loop
+from python_train import checkpoint, config, data, loop, run_dir
 
 MINUTES_OF_IMAGES = 192 * 1024
 
@@ -30,5 +30,5 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         assert loop.train(options, data.open_dataset("digits"), tmp_path / "run") == options.duration
     quarter = len(occupied) // 4
     assert max(occupied[quarter:]) - occupied[quarter] < 32 * 2**20, [b // 2**20 for b in occupied[::quarter]]
-    assert len(checkpoint.list_states(tmp_path / "run")) == loop.STATES_KEPT
+    assert len(checkpoint.list_states(tmp_path / "run")) == run_dir.STATES_KEPT
     assert not list((tmp_path / "run").glob(".*"))

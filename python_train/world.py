@@ -1,0 +1,75 @@
+"""The processes of a data-parallel run, and the device of each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from python_train import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those of a data-parallel run; a run without torchrun is a world of one."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        if self.size > 1:
+            values = values.to(self.device)
+            torch.distributed.all_reduce(values)
+        return values.cpu()
+
+    def check_equal(self, net: torch.nn.Module) -> None:
+        """Raise RuntimeError, naming the tensor, where this process's parameters or buffers differ from rank 0's."""
+        if self.size == 1:
+            return
+        for name, value in net.state_dict().items():
+            first = value.clone()
+            torch.distributed.broadcast(first, src=0)
+            if not torch.equal(first.nan_to_num(), value.nan_to_num()):
+                raise RuntimeError(f"rank {self.rank}: {name} differs from rank 0's; the processes have diverged")
+
+
+@contextlib.contextmanager
+def open_world(device: str | None = None) -> Iterator[World]:
+    """Join the processes that torchrun started (environment WORLD_SIZE, RANK, LOCAL_RANK), or be alone.
+
+    ``device`` None means a GPU if there is one. Communicates by nccl between GPUs and gloo between CPUs.
+    Raises UserError if the device does not exist.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {kind!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if size == 1:
+        yield World(device=chosen)
+        return
+    # DDP imports this. After init_process_group the import would hold the group until the interpreter ends, whose
+    # end its threads do not always survive: "terminate called without an active exception".
+    importlib.import_module("torch._dynamo")
+    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        gc.collect()  # what is left of DDP holds the group too
+        torch.distributed.destroy_process_group()
