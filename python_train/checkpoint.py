@@ -123,7 +123,7 @@ def stream_snapshot(
         for shape, value in zip(shapes.values(), values, strict=True):
             if tuple(value.shape) != tuple(shape):
                 raise ValueError(f"stream_snapshot: expected a tensor of shape {list(shape)}, got {list(value.shape)}")
-            file.write(value.detach().to("cpu", torch.float16).contiguous().flatten().numpy().tobytes())
+            file.write(value.detach().to("cpu", torch.float16).contiguous().flatten().numpy())
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
