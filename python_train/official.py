@@ -321,9 +321,9 @@ def _read_zip(file: SourceFile) -> Any:
             if sum(info.file_size for info in archive.infolist()) > file.size:
                 raise Refused("its members claim more bytes than it has")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError, struct.error) as error:
-        if isinstance(error, UserError):
-            raise
+    except Refused:
+        raise
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError, struct.error) as error:
         raise Refused(f"it is not a zip file of torch, or damaged ({error})") from error
     if damaged is not None:
         raise Refused(f"{damaged[:80]!r} in it does not match its checksum")
@@ -502,7 +502,7 @@ def _check_network(
     try:
         with torch.device("meta"):
             net = Precond(**config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise Refused(f"its network cannot be made from its arguments ({reason})") from error
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
