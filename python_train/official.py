@@ -395,8 +395,7 @@ def read_snapshot(path: str | os.PathLike[str]) -> OfficialSnapshot:
             raise Refused("it holds no EDM2 network under 'ema'")
         modules = _modules(net)
         tensors = _tensors(modules)
-        config = _config(net)
-        _check_network(config, tensors, modules, file.size)
+        config = _checked_config(_config(net), tensors, modules, file.size)
         header = {
             "format_version": 1,
             "config": config,
@@ -490,10 +489,10 @@ def _is_number(value: Any) -> bool:
     return value is None or (type(value) in (int, float, bool) and abs(value) < 2**31)
 
 
-def _check_network(
+def _checked_config(
     config: dict[str, Any], tensors: dict[str, StoredTensor], modules: dict[str, Module], file_size: int
-) -> None:
-    """Raise Refused unless the configuration describes exactly these tensors, and the stored blocks where they tell."""
+) -> dict[str, Any]:
+    """The configuration in full; Refused unless it describes exactly these tensors, and the blocks where they tell."""
     if sum(tensor.nbytes for tensor in tensors.values()) > file_size:
         raise Refused("its tensors are the same numbers several times")
     num_blocks = config.get("num_blocks", 3)
@@ -516,6 +515,7 @@ def _check_network(
         module = ours.get(name)
         for key in _STORED_FACTS.get(type(module), ()):
             _check_fact(name, key, getattr(module, key), stored.state)
+    return net.config
 
 
 _STORED_FACTS: dict[type, tuple[str, ...]] = {
@@ -601,8 +601,7 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
         for sigma_rel, state in _averages(content.get("ema")):
             if not all(isinstance(name, str) and isinstance(value, StoredTensor) for name, value in state.items()):
                 raise Refused("an average in it is not a dictionary of tensors")
-            config = _inferred_config(state)
-            _check_network(config, state, {}, file.size)
+            config = _checked_config(_inferred_config(state), state, {}, file.size)
             channels = config["img_channels"]
             header = {
                 "format_version": 1,
