@@ -250,7 +250,7 @@ def _rebuild_persistent(meta: Any) -> Module:
     if not isinstance(meta, dict) or meta.get("type") != "class" or meta.get("version") != 6:
         raise Refused("an object in it is not stored in the one way that these files use (class, version 6)")
     class_name, state = meta.get("class_name"), meta.get("state")
-    if not isinstance(class_name, str) or not isinstance(state, dict):
+    if not isinstance(class_name, str) or re.fullmatch(r"\w{1,64}", class_name) is None or not isinstance(state, dict):
         raise Refused("an object in it has no class name or no state")
     return Module(class_name, state)
 
@@ -466,9 +466,9 @@ def _tensors(modules: dict[str, Module]) -> dict[str, StoredTensor]:
 def _members(module: Module, kind: str) -> list[tuple[str, Any]]:
     members = module.state.get(kind, {})
     if not isinstance(members, dict) or len(members) > _MAX_MEMBERS:
-        raise Refused(f"{kind} of a {module.class_name[:40]} in it is not a dictionary, or too large")
+        raise Refused(f"{kind} of a {module.class_name} in it is not a dictionary, or too large")
     if not all(isinstance(name, str) and re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in members):
-        raise Refused(f"a name in {kind} of a {module.class_name[:40]} is not one")
+        raise Refused(f"a name in {kind} of a {module.class_name} is not one")
     return [(name, value) for name, value in members.items() if value is not None]
 
 
@@ -495,8 +495,10 @@ def _checked_config(
     """The configuration in full; Refused unless it describes exactly these tensors, and the blocks where they tell."""
     if sum(tensor.nbytes for tensor in tensors.values()) > file_size:
         raise Refused("its tensors are the same numbers several times")
-    num_blocks = config.get("num_blocks", 3)
-    if type(num_blocks) is not int or num_blocks > len(tensors) or len(tensors) > _MAX_TENSORS:
+    num_blocks, levels = config.get("num_blocks", 3), config.get("channel_mult", [1, 2, 3, 4])
+    # Before it is built: at least four tensors of a block, in the encoder and in the decoder.
+    least = 8 * num_blocks * len(levels) if type(num_blocks) is int and isinstance(levels, list) else math.inf
+    if not least <= len(tensors) <= _MAX_TENSORS:
         raise Refused(f"its network should have {num_blocks} blocks at each level and has {len(tensors)} tensors")
     try:
         with torch.device("meta"):
@@ -505,9 +507,11 @@ def _checked_config(
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise Refused(f"its network cannot be made from its arguments ({reason})") from error
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    for name in expected.keys() | tensors.keys():
+    for name in sorted(expected.keys() | tensors.keys()):
         if name not in expected or name not in tensors or tensors[name].shape != expected[name]:
-            raise Refused(f"the tensor {name[:80]} is missing, unknown or of a wrong shape for its network's arguments")
+            raise Refused(
+                f"the tensor {name[:80]!r} is missing, unknown or of a wrong shape for its network's arguments"
+            )
         if not tensors[name].dtype.is_floating_point:
             raise Refused(f"the tensor {name} in it has {tensors[name].dtype} numbers")
     ours = dict(net.named_modules())
@@ -598,10 +602,16 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
         if type(nimg) is not int or nimg < 0:
             raise Refused("it is no training state of the EDM2 reference program: it has no state.cur_nimg")
         averages: dict[float | None, OfficialSnapshot] = {}
+        config: dict[str, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for sigma_rel, state in _averages(content.get("ema")):
             if not all(isinstance(name, str) and isinstance(value, StoredTensor) for name, value in state.items()):
                 raise Refused("an average in it is not a dictionary of tensors")
-            config = _checked_config(_inferred_config(state), state, {}, file.size)
+            if not averages:
+                config = _checked_config(_inferred_config(state), state, {}, file.size)
+                shapes = {name: tensor.shape for name, tensor in state.items()}
+            elif {name: tensor.shape for name, tensor in state.items()} != shapes:
+                raise Refused("its averages are not of one network")
             channels = config["img_channels"]
             header = {
                 "format_version": 1,

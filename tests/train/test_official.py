@@ -310,7 +310,7 @@ def hostile_snapshots() -> dict[str, tuple[Callable[[Precond], bytes], str]]:
         "an empty name": (swap("", None), "is not one"),
         "a name that is a number": (swap(3, None), "is not one"),
         "a missing tensor": (swap("weight", None), "missing, unknown or of a wrong shape"),
-        "an unknown tensor": (swap("bias", shared), "bias is missing, unknown"),
+        "an unknown tensor": (swap("bias", shared), "bias' is missing, unknown"),
         "a wrong shape": (swap("weight", shared and tensor(storage, 0, (4, 1), (1, 1))), "wrong shape"),
         "no arguments": (network(lambda state: state.pop("_init_kwargs")), "how it was made"),
         "positional arguments": (network(lambda state: state.update(_init_args=(8,))), "how it was made"),
@@ -321,13 +321,15 @@ def hostile_snapshots() -> dict[str, tuple[Callable[[Precond], bytes], str]]:
         "too great a width": (argument(model_channels=2**62), "model_channels"),
         "text": (argument(model_channels="4"), "model_channels"),
         "a list for a number": (argument(model_channels=[4]), "model_channels"),
-        "a number for a list": (argument(channel_mult=1), "cannot be made"),
+        "a number for a list": (argument(channel_mult=1), "should have 1 blocks"),
         "levels": (argument(channel_mult=[1] * 40), "channel_mult"),
-        "levels for the resolution": (argument(channel_mult=[1] * 8), "cannot be made"),
+        "levels for the resolution": (argument(img_resolution=7, channel_mult=[1] * 2), "cannot be made"),
         "no levels": (argument(channel_mult=[]), "cannot be made"),
         "not a number": (argument(model_channels=float("nan")), "model_channels"),
         "an infinite number": (argument(model_channels=float("inf")), "model_channels"),
         "an unknown argument": (argument(colour=3), "colour"),
+        "many blocks": (argument(num_blocks=2, channel_mult=[1] * 8), "should have 2 blocks"),
+        "a name of two lines": (one(persistent("a\nb", {})), "no class name"),
         "another resolution": (argument(img_resolution=4), "missing, unknown"),
         "no resolution": (argument(img_resolution=None), "cannot be made"),
         "another balance": (argument(res_balance=0.5), "res_balance 0.3, not with 0.5"),
@@ -478,6 +480,13 @@ def test_hostile_training_states_are_refused(name: str, tmp_path: Path) -> None:
     assert why.startswith(f"{path} is refused: ")
     assert words in why
     assert len(why) < 400
+
+
+def test_averages_of_two_networks(tmp_path: Path) -> None:
+    nets = {std: small_net(channels=channels, model_channels=64) for std, channels in ((0.05, 3), (0.1, 4))}
+    path = write(tmp_path / "training-state-0000001.pt", files.training_state(nets))
+    with pytest.raises(UserError, match="its averages are not of one network"):
+        read_training_state(path)
 
 
 def test_no_file(tmp_path: Path) -> None:
