@@ -193,7 +193,7 @@ def hostile_snapshots() -> dict[str, tuple[Callable[[Precond], bytes], str]]:
         return Call(("torch._utils", name), (*args, False, ordered_dict({}) if hooks is None else hooks))
 
     def one(value: Any) -> Callable[[Precond], bytes]:
-        return lambda net: files.snapshot(net, extra=value)
+        return lambda net: files.dumps(easy_dict({"extra": value}))
 
     def reconstruct(meta: Any) -> Callable[[Precond], bytes]:
         return one(Call(("torch_utils.persistence", "_reconstruct_persistent_obj"), (meta,)))
