@@ -282,6 +282,7 @@ def hostile_snapshots() -> dict[str, tuple[Callable[[Precond], bytes], str]]:
         "two keys": (blob_with(4, ["0", "1"]), "not exactly one"),
         "another key": (blob_with(4, ["1"]), "not exactly one"),
         "too few bytes": (blob(good, end[:-1]), "claims 1 numbers"),
+        "two counts": (blob(good, (2).to_bytes(8, "little") + b"\0\0"), "claims 1 numbers"),
         "too many bytes": (blob(good, end + b"\0"), "claims 1 numbers"),
         "code in a blob": (blob_with(2, Call(("os", "system"), ("true",))), "os.system"),
         "a blob in a blob": (blob_with(2, Call(("torch.storage", "_load_from_bytes"), (b"",))), "_load_from_bytes"),
@@ -379,7 +380,9 @@ def test_modules_that_contain_each_other() -> None:
     doubled = official.Module("ModuleDict")
     for _ in range(40):
         doubled = official.Module("ModuleDict", {"_modules": {"a": doubled, "b": doubled}})
-    for module in (cycle, doubled):
+    shared = official.Module("MPConv")
+    siblings = official.Module("ModuleDict", {"_modules": {"a": shared, "b": shared}})
+    for module in (cycle, doubled, siblings):
         with pytest.raises(UserError, match="contain each other"):
             official._modules(module)
 
