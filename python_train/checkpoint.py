@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from python_train import UserError
+from python_train import UserError, official
 from python_train.network import Precond
 
 FORMAT_VERSION = 1
@@ -102,9 +103,37 @@ def save_snapshot(
         temporary.write_bytes(blob)
 
 
+def stream_snapshot(
+    path: str | os.PathLike[str], header: dict[str, Any], shapes: dict[str, Sequence[int]], values: Iterable[Tensor]
+) -> None:
+    """Write a snapshot of float16 tensors that are made one after another, holding one of them at a time.
+
+    ``values`` come in the order of ``shapes`` and are converted to float16. The file is what :func:`save_snapshot`
+    would write, up to the order of the tensors in it.
+    """
+    layout: dict[str, Any] = {"__metadata__": {"edm2": json.dumps(header)}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * torch.float16.itemsize
+        layout[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(layout).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape, value in zip(shapes.values(), values, strict=True):
+            if tuple(value.shape) != tuple(shape):
+                raise ValueError(f"stream_snapshot: expected a tensor of shape {list(shape)}, got {list(value.shape)}")
+            file.write(value.detach().to("cpu", torch.float16).contiguous().flatten().numpy())
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON header of a snapshot. Raises UserError naming the file if it is missing, damaged or something else."""
+    """The JSON header of a snapshot. Raises UserError naming the file if it is missing, damaged or something else.
+
+    Pickles of the EDM2 reference program are read too (:mod:`python_train.official`).
+    """
     path = Path(path)
+    if official.is_official(path):
+        return official.read_snapshot(path).header
     if not path.is_file():
         raise UserError(f"no such snapshot: {path}")
     try:
@@ -124,19 +153,29 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return header
 
 
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a snapshot as they are stored, on the CPU. Raises UserError if the file is damaged."""
+    if official.is_official(path):
+        return {name: tensor.read() for name, tensor in official.read_snapshot(path).tensors.items()}
+    try:
+        return safetensors.torch.load_file(path, device="cpu")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
 def load_snapshot(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[Precond, dict[str, Any]]:
     """Load a snapshot as ``(network in eval mode with fp32 weights and no gradients, header)``.
 
     Raises UserError naming the file if it is missing, truncated, or its tensors do not fit its own configuration.
     """
     header = read_header(path)
+    tensors = read_tensors(path)
     try:
-        tensors = safetensors.torch.load_file(path, device="cpu")
         with torch.device("meta"):
             net = Precond(**header["config"])
         state = {name: value.to(device, torch.float32) for name, value in tensors.items()}
         net.load_state_dict(state, assign=True)
-    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the snapshot is damaged or does not fit its configuration ({error})") from error
     return net.eval().requires_grad_(False), header
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from click.core import ParameterSource
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from python_train import UserError
 from python_train.checkpoint import atomic_write, load_snapshot
 from python_train.data import Encoder, open_encoder
 from python_train.network import Precond
+from python_train.presets import find_preset
 from python_train.report import save_png, to_pillow
 from python_train.sample import SeededRandom, edm_sampler
 
@@ -169,7 +171,18 @@ def generate(
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
 @click.option(
-    "--net", "net_path", type=click.Path(path_type=Path), required=True, help="Snapshot (.safetensors) of the network."
+    "--net",
+    "net_path",
+    type=click.Path(path_type=Path),
+    help="Snapshot of the network (.safetensors, or a .pkl of the EDM2 reference program, read without executing it).",
+)
+@click.option(
+    "--preset",
+    help="Published networks and guidance by name, such as edm2-img512-s-guid-dino, in the place of --net, --gnet and "
+    "--guidance; any other word lists the names.",
+)
+@click.option(
+    "--weights", type=click.Path(path_type=Path), default="weights", help="Folder of the networks that presets name."
 )
 @click.option(
     "--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the images; made if missing."
@@ -212,7 +225,10 @@ def generate(
 @click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]")
 @click.option("--subdirs", is_flag=True, help="A folder per 1000 seeds.")
 @click.option("--overwrite", is_flag=True, help="Replace images that exist already.")
-def main(device: str | None, seeds: str, dtype: str, **options: Any) -> None:
+@click.pass_context
+def main(
+    ctx: click.Context, device: str | None, seeds: str, dtype: str, preset: str | None, weights: Path, **options: Any
+) -> None:
     """Draw images from a trained network.
 
     Writes {seed:06d}.png for every seed. The same seed gives the same image, whatever the batch; CPU and GPU differ.
@@ -222,11 +238,21 @@ def main(device: str | None, seeds: str, dtype: str, **options: Any) -> None:
       python -m python_train.generate --net RUN/phema-0000131-0.100.safetensors --outdir out --seeds 0-7 --class 3
     With guidance by an earlier snapshot:
       python -m python_train.generate --net NET --gnet EARLIER --guidance 1.5 --outdir out --seeds 0-63
+    With published weights, which lie in the folder weights/:
+      python -m python_train.generate --preset edm2-img512-s-guid-dino --outdir out --seeds 0-63
 
     Under torchrun the seeds are divided among the processes.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
+        if preset is not None:
+            decided = {"net_path": "--net", "gnet_path": "--gnet", "guidance": "--guidance"}
+            given = [o for name, o in decided.items() if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+            if given:
+                raise UserError(f"--preset decides on the networks and the guidance: leave {' and '.join(given)} out")
+            options |= dict(zip(decided, find_preset(preset, weights), strict=True))
+        if options["net_path"] is None:
+            raise UserError("name a network: --net or --preset")
         paths = generate(
             seeds=parse_seeds(seeds),
             device=open_device(device),

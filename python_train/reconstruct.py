@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import safetensors
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,10 +16,10 @@ from tqdm import tqdm
 from edm2ext import ops
 from edm2ext.phema import parse_sigma_rel_list, solve_coefficients
 from python_train import UserError
-from python_train.checkpoint import read_header, save_snapshot, snapshot_name
+from python_train.checkpoint import read_header, read_tensors, save_snapshot, snapshot_name
 from python_train.network import Precond
 
-_SNAPSHOT_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.safetensors")
+_SNAPSHOT_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(safetensors|pkl)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Reconstruction:
     sigma_rel: float
     dataset: dict[str, Any]
     encoder: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Store it as a snapshot of kind "phema", atomically."""
@@ -61,26 +61,29 @@ class Reconstruction:
             ema_kind="phema",
             dataset=self.dataset,
             encoder=self.encoder,
+            extra=self.extra,
         )
 
 
 def find_snapshots(indir: Path, prefix: str | None = None, sigma_rels: Sequence[float] | None = None) -> list[Snapshot]:
     """Snapshots of a folder by name, ordered by (nimg, sigma_rel); optionally only one prefix or some widths.
 
-    Without a prefix, networks that were reconstructed themselves are left out. Raises UserError if the folder is
+    Pickles of the EDM2 reference program count too, unless they lie there converted as well. Without a prefix, networks
+    that were reconstructed themselves are left out. Raises UserError if the folder is
     missing, a file is unreadable, or nothing is left.
     """
     if not indir.is_dir():
         raise UserError(f"no such folder: {indir}")
     names = [(match, path) for path in sorted(indir.iterdir()) if (match := _SNAPSHOT_NAME.fullmatch(path.name))]
     paths = [path for match, path in names if prefix is None or match[1] == prefix]
+    paths = [path for path in paths if path.suffix != ".pkl" or path.with_suffix(".safetensors") not in paths]
     snapshots = [Snapshot(path, read_header(path)) for path in paths]
     if prefix is None:
         snapshots = [snapshot for snapshot in snapshots if snapshot.header["ema_kind"] == "power"]
     if sigma_rels is not None:
         snapshots = [s for s in snapshots if any(abs(s.sigma_rel - wanted) < 5e-4 for wanted in sigma_rels)]
     if not snapshots:
-        raise UserError(f"{indir} holds no {prefix or 'network-snapshot'}-*.safetensors files that fit")
+        raise UserError(f"{indir} holds no {prefix or 'network-snapshot'}-*.safetensors or .pkl files that fit")
     return sorted(snapshots, key=lambda snapshot: (snapshot.nimg, snapshot.sigma_rel))
 
 
@@ -112,12 +115,7 @@ def target_time(snapshots: Sequence[Snapshot], out_nimg: int | None = None) -> i
 
 def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """All tensors of a snapshot; UserError if it is damaged or they are not those that its network has."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    tensors = read_tensors(path)
     for name in shapes.keys() | tensors.keys():
         if name not in shapes or name not in tensors or tensors[name].shape != shapes[name]:
             raise UserError(f"{path}: the tensor {name} is missing, unknown or of a wrong shape")
@@ -148,6 +146,7 @@ def reconstruct(
     used = sorted((s for s in snapshots if 0 < s.nimg <= nimg), key=lambda s: (s.nimg, s.sigma_rel))
     _check_consistent(used)
     header = used[0].header
+    extra = {"license": header["license"]} if "license" in header else {}
     coefs = torch.from_numpy(
         solve_coefficients([s.nimg for s in used], [s.sigma_rel for s in used], nimg, list(out_std))
     )
@@ -176,7 +175,7 @@ def reconstruct(
                     net = Precond(**header["config"])
                 net.load_state_dict(state, assign=True)
                 net.eval().requires_grad_(False)
-                yield Reconstruction(net, nimg, sigma_rel, header["dataset"], header["encoder"])
+                yield Reconstruction(net, nimg, sigma_rel, header["dataset"], header["encoder"], extra)
 
 
 def _parse_widths(text: str) -> list[float]:
