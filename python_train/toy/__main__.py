@@ -57,12 +57,15 @@ def run(
     *,
     seed: int = 0,
     samples: int = 16384,
+    pixels: int = 300,
     recipes: Mapping[str, Recipe] = RECIPES,
     log: Callable[[str], None] = click.echo,
 ) -> list[Row]:
     """Train the three models or load them, sample in all ways, write the table and the figure to outdir.
 
-    Returns the rows of the table. Raises UserError if outdir holds anything but an earlier run's files.
+    ``pixels`` is the resolution of the figure's densities. Returns the rows of the table.
+
+    Raises UserError if outdir holds anything but an earlier run's files.
     """
     names = {"toy.png", "toy.md", *(f"{name}.safetensors" for name in recipes)}
     others = sorted(path.name for path in outdir.iterdir() if path.name not in names) if outdir.exists() else []
@@ -81,7 +84,7 @@ def run(
     table = format_table(rows)
     log(table)
     write_text(outdir / "toy.md", table + "\n")
-    draw_figure(outdir / "toy.png", drawn, models)
+    draw_figure(outdir / "toy.png", drawn, models, pixels)
     log(f"figure: {outdir / 'toy.png'}")
     return rows
 

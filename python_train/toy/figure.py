@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +51,16 @@ def _view(ax: Axes, centre: tuple[float, float], half_size: float, title: str) -
     ax.set_title(title, fontsize=10)
 
 
-def _outlines(ax: Axes, centre: tuple[float, float], half_size: float, pixels: int) -> None:
-    """Both classes: A in orange, B in grey."""
-    points = grid_points(centre, half_size, pixels)
+def _draw_outlines(axes: Iterable[Axes], pixels: int) -> None:
+    """Both classes in the full view: A in orange, B in grey."""
+    points = grid_points(CENTRE, HALF_SIZE, pixels)
     x, y = (points[:, axis].reshape(pixels, pixels).numpy() for axis in (0, 1))
-    for name, colour in (("B", GREY), ("A", ORANGE)):
-        truth = TreeMixture(name)
-        log_p = truth.log_density(points).reshape(pixels, pixels).numpy()
-        ax.contourf(x, y, log_p, levels=[outline_level(truth), np.inf], colors=[colour], alpha=0.25)
-        ax.contour(x, y, log_p, levels=[outline_level(truth)], colors=[colour], linewidths=0.5)
+    classes = [(TreeMixture("B"), GREY), (TreeMixture("A"), ORANGE)]
+    maps = [(t.log_density(points).reshape(pixels, pixels).numpy(), outline_level(t), colour) for t, colour in classes]
+    for ax in axes:
+        for log_p, level, colour in maps:
+            ax.contourf(x, y, log_p, levels=[level, np.inf], colors=[colour], alpha=0.25)
+            ax.contour(x, y, log_p, levels=[level], colors=[colour], linewidths=0.5)
 
 
 def _image(ax: Axes, values: Tensor, **style: object) -> None:
@@ -78,8 +79,8 @@ def draw_figure(path: Path, samples: Mapping[str, Tensor], models: Mapping[str, 
     """
     figure = Figure(figsize=(20, 8.6), dpi=100, layout="constrained")
     above, below = figure.subplots(2, len(PANELS))
+    _draw_outlines(above, pixels)
     for ax, (name, title) in zip(above, PANELS.items(), strict=True):
-        _outlines(ax, CENTRE, HALF_SIZE, pixels)
         ax.scatter(*samples[name].T.numpy(), s=0.6, color=BLUE, linewidths=0, rasterized=True)
         _view(ax, CENTRE, HALF_SIZE, title)
 
