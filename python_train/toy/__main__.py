@@ -97,9 +97,10 @@ def run(
 def main(outdir: Path, seed: int, samples: int) -> None:
     """Guidance in two dimensions, where everything is known exactly.
 
-    Trains three small energy models on a CPU by exact score matching, in some ten minutes: the main one and an
-    autoguide (smaller, less trained) on one class, and a guide on both classes. Samples with each kind of guidance,
-    prints a table of the figures and draws toy.png (autoguidance paper, Appendix C).
+    Trains three small energy models on a CPU by exact score matching: the main one and an autoguide (smaller, less
+    trained) on one class, and a guide on both classes. Samples with each kind of guidance, prints a table of the
+    figures and draws toy.png (autoguidance paper, Appendix C). An iteration takes about 0.15 s of one core; there are
+    4096 and twice 512.
     """
     try:
         run(outdir, seed=seed, samples=samples)
