@@ -72,11 +72,12 @@ def generate_classes(
     """``per_class`` images of every class, class by class: uint8 [classes * per_class, C, H, W], consecutive seeds."""
     classes = np.repeat(np.arange(net.label_dim), per_class)
     images = []
-    for start in range(0, len(classes), BATCH):
-        chunk = classes[start : start + BATCH]
-        seeds = range(first_seed + start, first_seed + start + len(chunk))
-        images.append(generate_batch(net, encoder, seeds, chunk.tolist(), num_steps=num_steps).cpu().numpy())
-        progress.update(len(chunk))
+    with net.baked():
+        for start in range(0, len(classes), BATCH):
+            chunk = classes[start : start + BATCH]
+            seeds = range(first_seed + start, first_seed + start + len(chunk))
+            images.append(generate_batch(net, encoder, seeds, chunk.tolist(), num_steps=num_steps).cpu().numpy())
+            progress.update(len(chunk))
     return np.concatenate(images)
 
 

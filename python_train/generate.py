@@ -1,27 +1,35 @@
-"""Command ``python -m python_train.generate``: draw images from a snapshot, one PNG per seed."""
+"""Command ``python -m python_train.generate``: draw images from snapshots, one PNG per seed.
+
+Images appear whole or not at all, beside ``options.json``, which says what they were made with; the same command again
+draws what is missing.
+"""
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Sequence
-from math import inf
+from math import ceil, inf, sqrt
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from click.core import ParameterSource
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from python_train import UserError
-from python_train.checkpoint import atomic_write, load_snapshot
-from python_train.data import Encoder, open_encoder
+from python_train.data import Encoder
+from python_train.guidance import Guide, Interval, blended_weights
+from python_train.image_job import GuideFile, Job, folders_of, save_image
 from python_train.network import Precond
 from python_train.presets import find_preset
-from python_train.report import save_png, to_pillow
-from python_train.sample import SeededRandom, edm_sampler
+from python_train.report import image_grid, save_png
+from python_train.sample import SOLVERS, SeededRandom, sample
+from python_train.world import World, open_world
+
+LARGEST_GRID = 1024
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -37,6 +45,54 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
+def parse_weight(text: str) -> float | list[float]:
+    """A guidance weight, or one for each step separated by commas. UserError otherwise."""
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"guidance: expected a number, or one for each step as 1,1.5,2, got {text!r}") from None
+    return weights if len(weights) > 1 else weights[0]
+
+
+def parse_interval(text: str) -> Interval:
+    """Steps such as ``15-21``, or noise levels such as ``0.28,2.90``. UserError otherwise."""
+    first, dash, last = text.partition("-")
+    if dash and first.strip().isdecimal() and last.strip().isdecimal():
+        return range(int(first), int(last) + 1)
+    try:
+        sigma_lo, sigma_hi = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"guidance interval: expected steps as 15-21 or two noise levels as 0.28,2.90, got {text!r}"
+        ) from None
+    return sigma_lo, sigma_hi
+
+
+def pair_guides(
+    paths: Sequence[Path], weights: Sequence[float | list[float]], blend: float | None, intervals: Sequence[Interval]
+) -> list[GuideFile]:
+    """The guides of the command line: each with its weight and interval, in order; those of weight 1 are left out.
+
+    One interval is for all guides. With ``blend`` two guides share one weight (`blended_weights`). UserError where the
+    numbers of paths, weights and intervals do not fit.
+    """
+    if weights and not paths and any(weight != 1 for weight in weights):
+        raise UserError("--guidance needs a guiding network: name its snapshot with --gnet")
+    if intervals and not paths:
+        raise UserError("--guidance-interval needs a guiding network: name its snapshot with --gnet")
+    if blend is not None:
+        if len(paths) != 2 or len(weights) != 1 or not isinstance(weights[0], float):
+            raise UserError("--guidance-blend shares one --guidance number between two --gnet")
+        weights = blended_weights(weights[0], blend)
+    if paths and len(weights) != len(paths):
+        raise UserError(f"each --gnet needs its own --guidance: got {len(paths)} and {len(weights)}")
+    if len(intervals) not in (0, 1, len(paths)):
+        raise UserError(f"expected one --guidance-interval, or one for each --gnet: got {len(intervals)}")
+    intervals = [*intervals] * len(paths) if len(intervals) == 1 else intervals or [None] * len(paths)
+    guides = [GuideFile(*guide) for guide in zip(paths, weights[: len(paths)], intervals, strict=True)]
+    return [guide for guide in guides if guide.weight != 1]
+
+
 def seed_batches(seeds: Sequence[int], batch: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """This process's share of the seeds: nearly equal contiguous chunks of at most ``batch``, dealt in turn (spec 6.4).
 
@@ -47,33 +103,20 @@ def seed_batches(seeds: Sequence[int], batch: int, rank: int = 0, world_size: in
     return [list(chunk) for chunk in chunks[rank::world_size] if len(chunk)]
 
 
-def check_guide(net: Precond, gnet: Precond) -> None:
-    """Raise UserError unless gnet can guide net: same image shape, same classes or none (spec 6.2)."""
-    shape = (net.img_channels, net.img_resolution)
-    guide_shape = (gnet.img_channels, gnet.img_resolution)
-    if shape != guide_shape:
-        raise UserError(
-            "the guide makes images of another shape: [channels, resolution] is "
-            f"{list(guide_shape)}, the main network's {list(shape)}"
-        )
-    if gnet.label_dim not in (0, net.label_dim):
-        raise UserError(f"the guide knows {gnet.label_dim} classes, the main network {net.label_dim}")
-
-
 def generate_batch(
     net: Precond,
     encoder: Encoder,
     seeds: Sequence[int],
     classes: int | Sequence[int] | None = None,
-    gnet: Precond | None = None,
+    guides: Sequence[Guide] = (),
     **sampler: Any,
 ) -> Tensor:
     """Images of the given seeds, uint8 [N,C,H,W] (latents: float32) on the network's device.
 
     Each image depends on its own seed alone (up to kernel numerics): its noise, then its class, then its churn noise
     come from one generator (spec 6.4). ``classes`` overrides the drawn class, for all images or one by one, and does
-    not change the noise. ``sampler`` goes to :func:`python_train.sample.edm_sampler`. Raises ValueError for classes
-    that do not exist.
+    not change the noise. ``sampler`` goes to :func:`python_train.sample.sample`. Raises ValueError for classes that do
+    not exist.
     """
     device = next(net.parameters()).device
     random = SeededRandom(seeds, device)
@@ -89,182 +132,219 @@ def generate_batch(
     elif classes is not None:
         raise ValueError("generate_batch: the network is unconditional, it has no classes")
     with torch.no_grad():
-        latents = edm_sampler(net, noise, labels, gnet, randn_like=random.randn_like, **sampler)
+        latents = sample(net, noise, labels, guides, randn_like=random.randn_like, **sampler)
         return encoder.decode(latents.to(torch.float32))
 
 
-def open_device(name: str | None) -> torch.device:
-    """The device of that name, by default this process's GPU if there is one. UserError if it cannot be used."""
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def image_path(outdir: Path, seed: int, subdirs: bool, suffix: str) -> Path:
-    """Where the image of a seed goes: ``000123.png``, with subdirs ``000000/000123.png``."""
-    folder = outdir / f"{seed // 1000 * 1000:06d}" if subdirs else outdir
-    return folder / f"{seed:06d}{suffix}"
-
-
-def save_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 [C,H,W] as PNG, or latents float32 [C,H,W] as .npy, atomically."""
-    if path.suffix == ".png":
-        save_png(path, to_pillow(image))
-        return
-    with atomic_write(path) as temp, open(temp, "wb") as file:
-        np.save(file, image)
-
-
 def generate(
-    net_path: Path,
+    net_paths: Sequence[Path],
     outdir: Path,
     seeds: Sequence[int],
     *,
     class_idx: int | None = None,
-    gnet_path: Path | None = None,
-    guidance: float = 1,
+    guides: Sequence[GuideFile] = (),
     batch: int = 32,
-    device: str | torch.device = "cpu",
     subdirs: bool = False,
+    grid: Path | None = None,
     overwrite: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World | None = None,
     **sampler: Any,
 ) -> list[Path]:
-    """Write one PNG per seed (this process's share of them) and return the paths; latents are written as .npy.
+    """Write one PNG per seed and network (this process's share of them); latents are written as .npy.
 
-    Raises UserError for unreadable snapshots, a class the network does not have, guidance without a guide, a guide
-    of another shape, or images that exist already, before anything is written.
+    Images that are there whole and were made with the same options are kept; damaged ones among them are drawn anew.
+    With several networks each has a folder of its own in ``outdir``. ``grid`` is where to draw a table of all images,
+    with a row for each network if there are several. ``sampler`` goes to :func:`python_train.sample.sample`.
+
+    Returns the paths of this process's share. Raises UserError or ValueError before anything is written: see `Job`,
+    `parse_seeds` and `sample`; also for a grid that exists, would be too large or cannot show latents.
     """
-    if guidance != 1 and gnet_path is None:
-        raise UserError(f"guidance {guidance:g} needs a guiding network: name its snapshot with --gnet")
-    net, header = load_snapshot(net_path, device)
-    if class_idx is not None and net.label_dim == 0:
-        raise UserError(f"{net_path} is unconditional: it has no class {class_idx}")
-    if class_idx is not None and not 0 <= class_idx < net.label_dim:
-        raise UserError(f"class {class_idx} does not exist: {net_path} has classes 0 to {net.label_dim - 1}")
-    gnet = None
-    if gnet_path is not None and guidance != 1:
-        gnet, _ = load_snapshot(gnet_path, device)
-        check_guide(net, gnet)
-    encoder = open_encoder(header["encoder"])
-    suffix = ".npy" if header["encoder"]["kind"] == "latent" else ".png"
+    world = world or World()
+    check_sampler(guides, sampler)
+    jobs = [
+        Job(net_path, folder, seeds, world.device, class_idx, guides, sampler, subdirs, overwrite)
+        for net_path, folder in zip(net_paths, folders_of(net_paths, outdir), strict=True)
+    ]
+    if grid is not None:
+        check_grid(grid, jobs, overwrite)
+    share = [seed for chunk in seed_batches(seeds, batch, world.rank, world.size) for seed in chunk]
+    todo = [job.missing(share) for job in jobs]
+    for job in jobs if world.rank == 0 else ():
+        job.remove_leftovers()
+    world.wait()  # nobody writes before everybody has looked
 
-    batches = seed_batches(seeds, batch, rank, world_size)
-    paths = {seed: image_path(outdir, seed, subdirs, suffix) for chunk in batches for seed in chunk}
-    existing = [path for path in paths.values() if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"{len(existing)} of the images exist already, such as {existing[0]}; use --overwrite")
-    for folder in {path.parent for path in paths.values()}:
-        folder.mkdir(parents=True, exist_ok=True)
+    there = len(share) * len(jobs) - sum(map(len, todo))
+    with tqdm(total=len(share) * len(jobs), initial=there, unit="image", disable=world.rank != 0) as progress:
+        for job, missing in zip(jobs, todo, strict=True):
+            draw(job, seed_batches(missing, batch), class_idx, sampler, world, progress)
+    world.wait()
+    if grid is not None and world.rank == 0:
+        save_png(grid, draw_grid(jobs))
+    return [job.paths[seed] for job in jobs for seed in share]
 
-    with tqdm(total=len(paths), unit="image", disable=rank != 0) as progress:
+
+def draw(
+    job: Job,
+    batches: Sequence[Sequence[int]],
+    class_idx: int | None,
+    sampler: dict[str, Any],
+    world: World,
+    progress: tqdm,
+) -> None:
+    """Draw the images of the seeds and write them; loads nothing if there are none."""
+    with contextlib.ExitStack() as stack:
+        if batches:
+            net, guides = stack.enter_context(job.networks(world.device))
+        job.make_folders()
+        if world.rank == 0:
+            job.write_options()
         for chunk in batches:
-            images = generate_batch(net, encoder, chunk, class_idx, gnet, guidance=guidance, **sampler)
+            images = generate_batch(net, job.encoder, chunk, class_idx, guides, **sampler)
             for seed, image in zip(chunk, images.cpu().numpy(), strict=True):
-                save_image(paths[seed], image)
+                save_image(job.paths[seed], image)
             progress.update(len(chunk))
-    return list(paths.values())
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110})
-@click.option(
-    "--net",
-    "net_path",
-    type=click.Path(path_type=Path),
-    help="Snapshot of the network (.safetensors, or a .pkl of the EDM2 reference program, read without executing it).",
-)
-@click.option(
-    "--preset",
-    help="Published networks and guidance by name, such as edm2-img512-s-guid-dino, in the place of --net, --gnet and "
-    "--guidance; any other word lists the names.",
-)
-@click.option(
-    "--weights", type=click.Path(path_type=Path), default="weights", help="Folder of the networks that presets name."
-)
-@click.option(
-    "--outdir", type=click.Path(path_type=Path), required=True, help="Folder for the images; made if missing."
-)
+def check_sampler(guides: Sequence[GuideFile], sampler: dict[str, Any]) -> None:
+    """Raise ValueError for settings that the sampler would refuse, by letting it sample one number."""
+
+    def net(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        return x
+
+    sample(net, torch.zeros(1), guides=[Guide(net, guide.weight, guide.interval) for guide in guides], **sampler)
+
+
+def check_grid(path: Path, jobs: Sequence[Job], overwrite: bool) -> None:
+    """Raise UserError if the picture of all images cannot be drawn, or would replace a file without being asked to."""
+    count = sum(len(job.paths) for job in jobs)
+    if path.exists() and not overwrite:
+        raise UserError(f"the grid {path} exists already; name another file, or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"the folder of the grid {path} does not exist")
+    if any(job.suffix == ".npy" for job in jobs):
+        raise UserError("a grid shows images, and these networks make latents")
+    if count > LARGEST_GRID:
+        raise UserError(f"a grid of {count} images is too large; name {LARGEST_GRID} seeds or fewer")
+    if len({job.shape for job in jobs}) > 1:
+        raise UserError("a grid needs networks of one image size")
+
+
+def draw_grid(jobs: Sequence[Job]) -> Image.Image:
+    """A table of the images, read from their files: about as many rows as columns, or a row for each network."""
+    rows = [np.stack([_read_png(path) for path in job.paths.values()]) for job in jobs]
+    if len(jobs) > 1:
+        return image_grid(np.stack(rows), [job.folder.name for job in jobs])
+    images = rows[0]
+    columns = ceil(sqrt(len(images)))
+    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
+    return image_grid(np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:]))
+
+
+def _read_png(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+_EPILOG = """\b
+Examples:
+  Eight images of class 3:
+    python -m python_train.generate --net RUN/phema-0000131-0.100.safetensors --outdir out --seeds 0-7 --class 3
+  Autoguidance, by an earlier snapshot of a smaller network:
+    python -m python_train.generate --net NET --gnet SMALLER --guidance 2.1 --outdir out --seeds 0-63
+  Classifier-free guidance, by an unconditional network, in steps 15 to 21 only:
+    python -m python_train.generate --net NET --gnet UNCOND --guidance 2.1 --guidance-interval 15-21 \\
+        --outdir out --seeds 0-63
+  Both at once, a third of the weight on the second guide:
+    python -m python_train.generate --net NET --gnet UNCOND --gnet SMALLER --guidance 2 --guidance-blend 0.33 \\
+        --outdir out --seeds 0-63
+  The same seeds from two networks, side by side in one picture:
+    python -m python_train.generate --net A --net B --outdir out --seeds 0-15 --grid compare.png
+  With published weights, which lie in the folder weights/:
+    python -m python_train.generate --preset edm2-img512-s-guid-dino --outdir out --seeds 0-63
+  50,000 images on eight GPUs:
+    torchrun --standalone --nproc_per_node=8 -m python_train.generate --net NET --outdir out --subdirs \\
+        --seeds 0-49999 --batch 64
+
+An image depends on its seed and the options, not on the batch or the number of processes (but for the last bits of
+floating-point sums); CPU and GPU draw different noise. The folder's options.json says what its images were made
+with. The same command again draws what is missing or damaged; other options are refused.
+"""
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(epilog=_EPILOG, context_settings={"show_default": True, "max_content_width": 120})
+@click.option("--net", "net_paths", type=_PATH, multiple=True, help="Snapshot of the network (.safetensors, or a "
+              ".pkl of the EDM2 reference program, read without executing it). Several: each gets a folder in --outdir.")  # fmt: skip
+@click.option("--preset", help="Published networks and guidance by name, such as edm2-img512-s-guid-dino, in place of "
+              "--net, --gnet and --guidance; any other word lists the names.")  # fmt: skip
+@click.option("--weights", type=_PATH, default="weights", help="Folder of the networks that presets name.")
+@click.option("--outdir", type=_PATH, required=True, help="Folder for the images; made if missing.")
 @click.option("--seeds", required=True, help="One image per seed: numbers and ranges, such as 0-63,100.")
 @click.option("--class", "class_idx", type=int, help="Draw this class only.  [default: a random class per seed]")
-@click.option(
-    "--gnet",
-    "gnet_path",
-    type=click.Path(path_type=Path),
-    help="Snapshot of a guiding network: a smaller or less trained one, or an unconditional one.",
-)
-@click.option(
-    "--guidance",
-    type=float,
-    default=1,
-    help="Guidance strength; 1 = none, above 1 pushes away from what the guide would draw.",
-)
-@click.option(
-    "--steps",
-    "num_steps",
-    type=click.IntRange(min=2),
-    default=32,
-    help="Sampling steps N; the network is evaluated 2N-1 times.",
-)
+@click.option("--grid", type=_PATH, help="Draw all images into this PNG as well: a table, or a row for each network.")
+@click.option("--gnet", "gnet_paths", type=_PATH, multiple=True, help="Snapshot of a guiding network: a smaller or "
+              "less trained one, or an unconditional one. Several add up.")  # fmt: skip
+@click.option("--guidance", multiple=True, help="Weight of each --gnet, in order; 1 = none, above 1 pushes away from "
+              "what the guide would draw. A list W,W,... gives one for each step.")  # fmt: skip
+@click.option("--guidance-blend", type=float, help="Share one --guidance between two --gnet: this fraction for the "
+              "second, the rest for the first.")  # fmt: skip
+@click.option("--guidance-interval", multiple=True, help="Guide only in these steps, counted from 0, such as 15-21, or "
+              "noise levels, such as 0.28,2.90, each taken for the nearest of the grid. One for all, or one for each "
+              "--gnet. Elsewhere guides are not evaluated.")  # fmt: skip
+@click.option("--solver", type=click.Choice(SOLVERS), default="heun", help="heun evaluates the network 2N-1 times, the "
+              "others N times; dpm++2m-sde adds noise.")  # fmt: skip
+@click.option("--steps", "num_steps", type=click.IntRange(min=2), default=32, help="Sampling steps N.")
 @click.option("--sigma-min", type=float, default=0.002, help="Lowest noise level.")
 @click.option("--sigma-max", type=float, default=80, help="Highest noise level.")
 @click.option("--rho", type=float, default=7, help="Spacing of the noise levels; larger = more of them low.")
-@click.option("--S-churn", "S_churn", type=float, default=0, help="Stochasticity; 0 = deterministic.")
+@click.option("--S-churn", "S_churn", type=float, default=0, help="Noise added back by heun and euler; 0 = none.")
 @click.option("--S-min", "S_min", type=float, default=0, help="Lowest noise level with churn.")
 @click.option("--S-max", "S_max", type=float, default=inf, help="Highest noise level with churn.")
 @click.option("--S-noise", "S_noise", type=float, default=1, help="Inflation of the churn noise.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float64"]),
-    default="float32",
-    help="Arithmetic of the solver (the network's is its own).",
-)
-@click.option("--batch", type=click.IntRange(min=1), default=32, help="Images at a time.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Arithmetic of the solver "
+              "(the network's is its own).")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=32, help="Images at a time, in each process.")
 @click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]")
 @click.option("--subdirs", is_flag=True, help="A folder per 1000 seeds.")
 @click.option("--overwrite", is_flag=True, help="Replace images that exist already.")
-@click.pass_context
 def main(
-    ctx: click.Context, device: str | None, seeds: str, dtype: str, preset: str | None, weights: Path, **options: Any
+    device: str | None,
+    seeds: str,
+    dtype: str,
+    gnet_paths: tuple[Path, ...],
+    guidance: tuple[str, ...],
+    guidance_blend: float | None,
+    guidance_interval: tuple[str, ...],
+    preset: str | None,
+    weights: Path,
+    **options: Any,
 ) -> None:
-    """Draw images from a trained network.
-
-    Writes {seed:06d}.png for every seed. The same seed gives the same image, whatever the batch; CPU and GPU differ.
-
-    \b
-    Eight images of class 3:
-      python -m python_train.generate --net RUN/phema-0000131-0.100.safetensors --outdir out --seeds 0-7 --class 3
-    With guidance by an earlier snapshot:
-      python -m python_train.generate --net NET --gnet EARLIER --guidance 1.5 --outdir out --seeds 0-63
-    With published weights, which lie in the folder weights/:
-      python -m python_train.generate --preset edm2-img512-s-guid-dino --outdir out --seeds 0-63
-
-    Under torchrun the seeds are divided among the processes.
-    """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Draw images from a trained network: {seed:06d}.png for every seed."""
     try:
         if preset is not None:
-            decided = {"net_path": "--net", "gnet_path": "--gnet", "guidance": "--guidance"}
-            given = [o for name, o in decided.items() if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-            if given:
+            decided = {"--net": options["net_paths"], "--gnet": gnet_paths, "--guidance": guidance}
+            if given := [name for name, value in decided.items() if value]:
                 raise UserError(f"--preset decides on the networks and the guidance: leave {' and '.join(given)} out")
-            options |= dict(zip(decided, find_preset(preset, weights), strict=True))
-        if options["net_path"] is None:
+            net_path, gnet_path, weight = find_preset(preset, weights)
+            options["net_paths"] = (net_path,)
+            gnet_paths, guidance = ((gnet_path,), (str(weight),)) if gnet_path else ((), ())
+        if not options["net_paths"]:
             raise UserError("name a network: --net or --preset")
-        paths = generate(
-            seeds=parse_seeds(seeds),
-            device=open_device(device),
-            dtype=getattr(torch, dtype),
-            rank=rank,
-            world_size=world_size,
-            **options,
-        )
+        guide_weights = [parse_weight(text) for text in guidance]
+        intervals = [parse_interval(text) for text in guidance_interval]
+        guides = pair_guides(gnet_paths, guide_weights, guidance_blend, intervals)
+        numbers = parse_seeds(seeds)
+        with open_world(device) as world:
+            generate(seeds=numbers, guides=guides, dtype=getattr(torch, dtype), world=world, **options)
+            if world.rank == 0:
+                click.echo(f"{len(numbers) * len(options['net_paths'])} images in {options['outdir']}")
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(f"not enough GPU memory; try a smaller --batch ({error})") from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    if paths:
-        click.echo(f"{len(paths)} images in {options['outdir']}")
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command draws the rest") from None
 
 
 if __name__ == "__main__":

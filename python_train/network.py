@@ -323,6 +323,11 @@ class Precond(torch.nn.Module):
         layout = torch.contiguous_format if device.type == "cpu" else self.memory_format
         return PreparedWeights(self, gains, self._dtype_on(device), memory_format=layout, gradients=gradients)
 
+    def baked(self) -> PreparedWeights:
+        """For inference: in a `with` block, normalisation, gain and cast of every weight are folded in, once, instead
+        of at every call. The network must not be changed or differentiated in it."""
+        return self.prepared_weights(gradients="effective")
+
     def _check(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Validate the call's shapes; sigma [N or 1, 1, 1, 1] in fp32, and the labels the U-Net shall see."""
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)

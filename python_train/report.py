@@ -116,7 +116,8 @@ def _new_figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _save_figure(path: Path, figure: Figure) -> None:
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a matplotlib figure to path as PNG, atomically."""
     with atomic_write(path) as temp:
         figure.savefig(temp, format="png")
 
@@ -132,7 +133,7 @@ def plot_loss(path: Path, stats: Sequence[dict[str, float]], title: str = "Train
     rate_ax.set_ylabel("learning rate")
     rate_ax.set_ylim(bottom=0)
     rate_ax.set_xlabel("images seen (thousands)")
-    _save_figure(path, figure)
+    save_figure(path, figure)
 
 
 @dataclass(frozen=True)
@@ -181,4 +182,4 @@ def plot_ema_sweep(
     nearest_ax.set_xlabel("EMA length σ_rel (width of the averaging profile / training time)")
     for ax in (loss_ax, accuracy_ax, nearest_ax):
         ax.legend(frameon=False)
-    _save_figure(path, figure)
+    save_figure(path, figure)

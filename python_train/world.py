@@ -30,6 +30,11 @@ class World:
             torch.distributed.all_reduce(values)
         return values.cpu()
 
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
     def check_equal(self, net: torch.nn.Module) -> None:
         """Raise RuntimeError, naming the tensor, where this process's parameters or buffers differ from rank 0's."""
         if self.size == 1:

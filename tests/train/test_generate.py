@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from python_train import UserError
-from python_train.checkpoint import save_snapshot
+from edm2ext.nn import Layer
+from python_train import UserError, image_job
+from python_train.checkpoint import load_snapshot, save_snapshot
 from python_train.data import open_encoder
 from python_train.generate import generate_batch, main, parse_seeds, seed_batches
+from python_train.guidance import Guide
+from python_train.image_job import is_whole, save_image
 from python_train.network import Precond
+from python_train.sample import SOLVERS
 
 PIXELS = {"kind": "pixel"}
 
@@ -60,7 +69,7 @@ def test_one_image_per_seed_whatever_the_batch(snapshot: Path, tmp_path: Path, b
     assert all(image.shape == (8, 8, 3) and image.dtype == np.uint8 for image in a.values())
     assert all(np.abs(a[name].astype(int) - b[name]).max() <= 1 for name in a)  # truncation of equal values
     assert len({image.tobytes() for image in a.values()}) == 8
-    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".png"}, "temporary files are left"
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".png", ".json"}, "temporary files are left"
 
 
 def test_the_class_is_chosen_without_changing_the_noise() -> None:
@@ -101,7 +110,7 @@ def test_guidance_uses_the_guide_and_weight_one_does_not_load_it(snapshot: Path,
     runs = {
         "plain": [],
         "guided": ["--gnet", guide, "--guidance", 2],
-        "unloaded": ["--gnet", tmp_path / "missing.safetensors"],
+        "unloaded": ["--gnet", tmp_path / "missing.safetensors", "--guidance", 1],
     }
     for name, args in runs.items():
         result = run("--net", snapshot, "--outdir", tmp_path / name, "--seeds", "0-1", *args)
@@ -111,19 +120,166 @@ def test_guidance_uses_the_guide_and_weight_one_does_not_load_it(snapshot: Path,
     assert not any(np.array_equal(plain[name], guided[name]) for name in plain)
 
 
-def test_processes_share_the_seeds(snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    counts = []
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        assert run("--net", snapshot, "--outdir", tmp_path / "out", "--seeds", "0-9", "--batch", 2).exit_code == 0
-        counts.append(len(read(tmp_path / "out")))
-    assert counts == [4, 7, 10]
-    monkeypatch.undo()
-    assert run("--net", snapshot, "--outdir", tmp_path / "one", "--seeds", "0-9", "--batch", 2).exit_code == 0
-    shared, one = read(tmp_path / "out"), read(tmp_path / "one")
+def test_processes_share_the_seeds(snapshot: Path, tmp_path: Path) -> None:
+    """Two gloo processes fill in what is missing of what one would draw, then one draws the grid."""
+    args = ["--net", snapshot, "--batch", 2, "--S-churn", 1]
+    assert run(*args, "--seeds", "0-9", "--outdir", tmp_path / "one").exit_code == 0
+    assert run(*args, "--seeds", "1,8", "--outdir", tmp_path / "two").exit_code == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args += ["--seeds", "0-9", "--outdir", tmp_path / "two", "--grid", tmp_path / "grid.png"]
+    command = [*launch, "-m", "python_train.generate", "--device", "cpu", "--steps", "3", *(str(arg) for arg in args)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    assert done.stdout.count("10 images in") == 1
+    shared, one = read(tmp_path / "two"), read(tmp_path / "one")
     assert shared.keys() == one.keys()
+    # Equal but for the last bits of sums, which matter where a value is truncated.
     assert all(np.abs(shared[name].astype(int) - one[name]).max() <= 1 for name in one)
+    assert np.mean([np.mean(shared[name] == one[name]) for name in one]) > 0.99
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 4 * 64
+
+
+def test_drawing_again_draws_only_what_is_missing(snapshot: Path, tmp_path: Path) -> None:
+    args = ["--net", snapshot, "--outdir", tmp_path, "--seeds"]
+    assert run(*args, "0-4").exit_code == 0
+    before = {name: (tmp_path / name).read_bytes() for name in read(tmp_path)}
+    damaged, missing = tmp_path / "000001.png", tmp_path / "000003.png"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    missing.unlink()
+    (tmp_path / ".000003.png.123.tmp").touch()  # of a killed process
+    (tmp_path / ".000099.png.123.tmp").touch()  # of a process that draws other seeds
+    times = {name: (tmp_path / name).stat().st_mtime_ns for name in before if name not in (damaged.name, missing.name)}
+    assert run(*args, "0-6").exit_code == 0
+    assert list(read(tmp_path)) == [f"{seed:06d}.png" for seed in range(7)]
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert all(np.abs(decode(before[name]) - decode((tmp_path / name).read_bytes())).max() <= 1 for name in before)
+    assert [path.name for path in tmp_path.glob(".*")] == [".000099.png.123.tmp"]
+
+
+def decode(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+def test_nothing_to_draw_loads_no_network(snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["--net", snapshot, "--outdir", tmp_path, "--seeds", "0-2"]
+    assert run(*args).exit_code == 0
+    monkeypatch.setattr(image_job, "load_snapshot", None)
+    assert run(*args).exit_code == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 16, 16)])
+def test_every_truncated_or_changed_file_is_noticed(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    path = tmp_path / "000000.png"
+    save_image(path, image)
+    assert is_whole(path, shape)
+    assert not is_whole(path, (shape[0], 8, 9))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert not is_whole(path, shape), length
+    for index in range(len(whole)):
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        assert not is_whole(path, shape), index
+
+
+def test_other_options_are_refused_with_the_differences(snapshot: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "other.safetensors", make_network())
+    out = tmp_path / "out"
+    assert run("--net", snapshot, "--outdir", out, "--seeds", "0-1").exit_code == 0
+    before = read(out)
+    for args, words in [
+        (["--net", snapshot, "--solver", "euler"], "solver: heun -> euler"),
+        (["--net", snapshot, "--class", 2], "class: None -> 2"),
+        (["--net", snapshot, "--gnet", other, "--guidance", 2], "guides: [] -> [{'file': 'other.safetensors'"),
+        (["--net", other], "net: {'file': 'network-snapshot-0000001-0.050.safetensors'"),
+    ]:
+        result = run(*args, "--outdir", out, "--seeds", "0-3")
+        assert result.exit_code == 1
+        assert words in " ".join(result.output.split()), result.output
+        assert "choose another --outdir, or --overwrite" in " ".join(result.output.split())
+    assert all(np.array_equal(before[name], image) for name, image in read(out).items())
+    result = run("--net", other, "--outdir", out, "--seeds", "0-1", "--overwrite")
+    assert result.exit_code == 0
+    assert not any(np.array_equal(before[name], image) for name, image in read(out).items())
+    assert json.loads((out / "options.json").read_text())["net"]["file"] == "other.safetensors"
+    (out / "options.json").write_text("{")
+    result = run("--net", other, "--outdir", out, "--seeds", "0-1")
+    assert result.exit_code == 1
+    assert "options.json is damaged" in " ".join(result.output.split())
+
+
+def test_several_networks_and_a_grid(snapshot: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "other.safetensors", make_network())
+    grid = tmp_path / "grid.png"
+    args = ["--net", snapshot, "--net", other, "--outdir", tmp_path / "both", "--seeds", "0-4", "--grid", grid]
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert "10 images in" in result.output
+    names = ["network-snapshot-0000001-0.050", "other"]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == names
+    assert run("--net", other, "--outdir", tmp_path / "one", "--seeds", "0-4").exit_code == 0
+    alone, together = read(tmp_path / "one"), read(tmp_path / "both/other")
+    assert all(np.array_equal(alone[name], together[name]) for name in alone)
+    with Image.open(grid) as picture:
+        assert picture.width > 5 * 64
+        assert picture.height < 3 * 70 + 64
+    result = run(*args)
+    assert result.exit_code == 1
+    assert f"the grid {grid} exists already" in " ".join(result.output.split())
+    clash = tmp_path / "folder" / other.name
+    clash.parent.mkdir()
+    save(clash, make_network())
+    result = run("--net", other, "--net", clash, "--outdir", tmp_path / "clash", "--seeds", "0")
+    assert result.exit_code == 1
+    assert "two networks are called other" in result.output
+
+
+def test_guidance_options_reach_the_sampler(snapshot: Path, tmp_path: Path) -> None:
+    """Images of the command against those of the function with guides made by hand."""
+    bad, uncond = make_network(), make_network(label_dim=0)
+    paths = [save(tmp_path / "uncond.safetensors", uncond), save(tmp_path / "bad.safetensors", bad)]
+    net, uncond, bad = (load_snapshot(path)[0] for path in (snapshot, *paths))
+    options = ["--gnet", paths[0], "--gnet", paths[1]]
+    cases = {
+        "two": ([*options, "--guidance", 2, "--guidance", 1.5], [Guide(uncond, 2), Guide(bad, 1.5)]),
+        "blend": ([*options, "--guidance", 3, "--guidance-blend", 0.25], [Guide(uncond, 2.5), Guide(bad, 1.5)]),
+        "steps": ([*options[:2], "--guidance", 3, "--guidance-interval", "1-1"], [Guide(uncond, 3, range(1, 2))]),
+        "levels": ([*options[:2], "--guidance", 3, "--guidance-interval", "0.002,8"], [Guide(uncond, [1, 3, 1])]),
+        "schedule": ([*options[2:], "--guidance", "1,1.5,3"], [Guide(bad, [1, 1.5, 3])]),
+    }
+    drawn = {}
+    for name, (args, guides) in cases.items():
+        result = run("--net", snapshot, "--outdir", tmp_path / name, "--seeds", "0-3", *args)
+        assert result.exit_code == 0, result.output
+        expected = generate_batch(net, open_encoder(PIXELS), range(4), guides=guides, num_steps=3)
+        drawn[name] = np.stack([image.transpose(2, 0, 1) for image in read(tmp_path / name).values()])
+        assert np.array_equal(drawn[name], expected.numpy()), name
+    assert len({image.tobytes() for image in drawn.values()}) == 4  # "steps" and "levels" mean the same
+    described = json.loads((tmp_path / "steps/options.json").read_text())
+    assert described["guides"][0]["interval"] == {"first_step": 1, "last_step": 1}
+    assert described["solver"] == "heun"
+
+
+def test_baked_weights_give_identical_images(backend: str) -> None:
+    net, guide, encoder = make_network(), make_network(label_dim=0), open_encoder(PIXELS)
+    plain = generate_batch(net, encoder, range(4), guides=[Guide(guide, 1.5)], num_steps=3)
+    with net.baked(), guide.baked():
+        assert all(layer.prepared.effective is not None for layer in net.modules() if isinstance(layer, Layer))
+        baked = generate_batch(net, encoder, range(4), guides=[Guide(guide, 1.5)], num_steps=3)
+    assert torch.equal(plain, baked)
+    assert all(layer.prepared is None for layer in net.modules() if isinstance(layer, Layer))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_draws(solver: str, snapshot: Path, tmp_path: Path) -> None:
+    args = ["--net", snapshot, "--seeds", "0-2", "--solver", solver, "--dtype", "float64"]
+    assert run(*args, "--outdir", tmp_path / "a").exit_code == 0
+    assert run(*args, "--outdir", tmp_path / "b", "--batch", 1).exit_code == 0
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert all(np.abs(a[name].astype(int) - b[name]).max() <= 1 for name in a)
 
 
 @given(seeds=st.lists(st.integers(0, 9999), max_size=60, unique=True), batch=st.integers(1, 9), world=st.integers(1, 5))
@@ -180,12 +336,23 @@ def test_errors_name_what_is_wrong(snapshot: Path, tmp_path: Path) -> None:
         ([*net, "--class", -1], "class -1 does not exist"),
         (["--net", unconditional, "--seeds", "0", "--class", 0], "unconditional"),
         ([*net, "--guidance", 1.5], "name its snapshot with --gnet"),
+        ([*net, "--guidance-interval", "1-2"], "name its snapshot with --gnet"),
+        ([*net, "--gnet", snapshot], "each --gnet needs its own --guidance: got 1 and 0"),
+        ([*net, "--gnet", snapshot, "--guidance", "2,x"], "expected a number, or one for each step"),
+        ([*net, "--gnet", snapshot, "--guidance", "1,2"], "expected one weight or 3"),
+        ([*net, "--gnet", snapshot, "--guidance", 2, "--guidance-interval", "2-3"], "steps must be within 0 to 2"),
+        ([*net, "--gnet", snapshot, "--guidance", 2, "--guidance-interval", "x"], "expected steps as 15-21 or two"),
+        ([*net, "--gnet", snapshot, "--guidance", 2, "--guidance-blend", 0.5], "between two --gnet"),
+        ([*net, *["--guidance-interval", "1-1"] * 2, "--gnet", snapshot, "--guidance", 2], "one --guidance-interval"),
+        ([*net, "--solver", "dpm++2m", "--S-churn", 1], "S_churn is for heun and euler"),
+        ([*net, "--grid", tmp_path / "no/grid.png"], "the folder of the grid"),
+        (["--net", snapshot, "--seeds", "0-1024", "--grid", tmp_path / "grid.png"], "a grid of 1025 images"),
         ([*net, "--guidance", 1.5, "--gnet", larger], "[3, 16], the main network's [3, 8]"),
         ([*net, "--guidance", 1.5, "--gnet", other_classes], "the guide knows 7 classes, the main network 4"),
         ([*net, "--guidance", 1.5, "--gnet", truncated], "truncated.safetensors is damaged"),
         ([*net, "--sigma-min", 100], "0 < sigma_min < sigma_max"),
         (["--net", snapshot, "--seeds", "0..9"], "expected numbers and ranges"),
-        ([*net, "--device", "toaster"], "the device 'toaster' cannot be used"),
+        ([*net, "--device", "toaster"], "device 'toaster' cannot be used"),
     ]
     for args, words in cases:
         result = run("--outdir", tmp_path / "out", *args)

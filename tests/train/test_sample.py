@@ -105,19 +105,6 @@ def test_guide_is_not_evaluated_at_weight_one() -> None:
     assert torch.equal(out, edm_sampler(gaussian_denoiser(0.5), noise, num_steps=4))
 
 
-def test_both_networks_get_the_labels_and_the_solver_dtype() -> None:
-    labels, seen = torch.eye(3), []
-
-    def net(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        seen.append((x.dtype, sigma.dtype, sigma.ndim, class_labels))
-        return (x * 0).to(torch.bfloat16)
-
-    out = edm_sampler(net, torch.ones(3, 1, 2, 2), labels, net, num_steps=3, guidance=2, dtype=torch.float64)
-    assert out.dtype == torch.float64
-    assert len(seen) == 2 * (2 * 3 - 1)
-    assert all(x == sigma == torch.float64 and ndim == 0 and given is labels for x, sigma, ndim, given in seen)
-
-
 def test_churn_only_within_its_range() -> None:
     calls = []
 
@@ -131,20 +118,6 @@ def test_churn_only_within_its_range() -> None:
     assert calls == [torch.float64] * int(((levels >= 0.1) & (levels <= 20)).sum())
     edm_sampler(gaussian_denoiser(0.5), torch.ones(1, 1, 2, 2), S_churn=0, **kwargs)
     assert len(calls) == int(((levels >= 0.1) & (levels <= 20)).sum())
-
-
-def test_churn_keeps_the_distribution() -> None:
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(20_000, 1, 1, 1, generator=generator)
-    out = edm_sampler(
-        gaussian_denoiser(0.5),
-        noise,
-        num_steps=64,
-        S_churn=30,
-        randn_like=lambda x: torch.randn(x.shape, generator=generator),
-    )
-    assert out.std().item() == pytest.approx(0.5, abs=0.01)
-    assert abs(torch.corrcoef(torch.stack([out.flatten(), noise.flatten()]))[0, 1]) < 0.9
 
 
 def test_gradients_flow_if_wanted() -> None:
@@ -164,7 +137,7 @@ def test_gradients_flow_if_wanted() -> None:
         ({"sigma_min": 0}, "0 < sigma_min < sigma_max, got 0 and 80"),
         ({"sigma_min": 90}, "0 < sigma_min < sigma_max, got 90 and 80"),
         ({"rho": 0}, "rho must be positive"),
-        ({"S_churn": -1}, "S_churn must not be negative"),
+        ({"S_churn": -1}, "S_churn must not be negative or infinite, got -1"),
     ],
 )
 def test_bad_settings_are_named(kwargs: dict[str, float], words: str) -> None:
