@@ -13,15 +13,10 @@ bool fits(const ConvShape& shape) {
 
 ConvSizes sizes_of(const ConvShape& shape) {
   const auto narrow = [](int64_t size) { return static_cast<int>(size); };
-  return {narrow(shape.pixels()),
-          narrow(shape.height),
-          narrow(shape.width),
-          narrow(shape.in),
-          narrow(shape.out),
-          narrow(shape.kernel_height),
-          narrow(shape.kernel_width),
-          fast_divisor(static_cast<uint32_t>(shape.height)),
-          fast_divisor(static_cast<uint32_t>(shape.width))};
+  const auto divisor = [](int64_t size) { return fast_divisor(static_cast<uint32_t>(std::max<int64_t>(size, 1))); };
+  return {narrow(shape.pixels()),     narrow(shape.height),  narrow(shape.width),
+          narrow(shape.in),           narrow(shape.out),     narrow(shape.kernel_height),
+          narrow(shape.kernel_width), divisor(shape.height), divisor(shape.width)};
 }
 
 template <ConvDirection Direction, typename T>
@@ -46,7 +41,8 @@ cudaError_t run(const ConvShape& shape, const ConvPlan& plan, float* workspace, 
   if (!fits(shape)) return cudaErrorInvalidValue;
   const ConvProduct product = conv_product(Direction, shape);
   if (product.rows == 0) return cudaSuccess;
-  if (plan.tile < 0 || plan.tile >= kConvTileCount || plan.splits < 1 || plan.splits > product.steps) {
+  if (plan.tile < 0 || plan.tile >= kConvTileCount || plan.splits < 1 ||
+      plan.splits > std::max<int64_t>(product.steps, 1)) {
     return cudaErrorInvalidValue;
   }
   args.sizes = sizes_of(shape);
@@ -87,7 +83,7 @@ cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
                  static_cast<float>(params.weight_skip),
                  static_cast<float>(params.weight_y),
                  static_cast<float>(params.clip),
-                 fast_divisor(static_cast<uint32_t>(shape.height * shape.width))};
+                 sizes_of({1, 1, shape.height * shape.width, 0, 0, 0, 0}).by_width};
   const int64_t x_bytes = shape.pixels() * shape.in * 2;
   const int64_t y_bytes = shape.pixels() * shape.out * 2;
   const int64_t w_bytes = shape.in * shape.out * shape.taps() * 2;

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from emulated import Guarded, KernelFault, Library
 from torch import Tensor
 
+from edm2ext import reference
+
 DTYPES = (torch.float16, torch.bfloat16)
 FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(3)
 TILES = range(4)
@@ -195,6 +197,72 @@ def test_no_two_rows_of_a_matrix_lie_in_the_same_banks(library: Library):
     assert library.int64("bank_conflicts") == 0
 
 
+# ---- epilogues ----
+
+NONE, GAIN, MODULATED_SILU, SUM = range(4)
+
+
+class Epilogue(NamedTuple):
+    """The arguments of one."""
+
+    kind: int
+    gain: float = 0.0
+    t: float = 0.0
+    clip: float = math.inf
+
+
+def finished(
+    library: Library, case: Case, dtype: torch.dtype, plan: Plan, epilogue: Epilogue, keep: bool = True
+) -> list[Tensor]:
+    """y, if it is kept, and out, if there is one; then c and skip."""
+    x, w, skip = operands(case, dtype, whole=False)
+    c = emulated.random_tensor(case.n, case.k, dtype=dtype, seed=5)
+    shape = (case.n, case.k, case.h, case.w)
+    y, out = (Guarded(math.prod(shape), dtype) for _ in range(2))
+    k = math.hypot(1 - epilogue.t, epilogue.t)
+    inputs = [Guarded(memory(t), dtype) for t in (x, w, skip)]
+    more = [
+        out.tensor if epilogue.kind in (MODULATED_SILU, SUM) else None,
+        torch.tensor(epilogue.gain) if epilogue.kind == GAIN else None,
+        Guarded(c, dtype).tensor if epilogue.kind == MODULATED_SILU else None,
+        inputs[2].tensor if epilogue.kind == SUM else None,
+    ]
+    numbers = ((1 - epilogue.t) / k, epilogue.t / k, epilogue.clip)
+    sizes = (case.sizes, dtype, *plan, workspace(case, FORWARD, plan).tensor)
+    kept = y.tensor if keep else None
+    library.call("mp_conv2d", inputs[0].tensor, inputs[1].tensor, kept, *sizes, epilogue.kind, *more, *numbers)
+    y.check_margins()
+    out.check_margins()
+    return [image(y.tensor, shape), image(out.tensor, shape), c, skip]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", [Plan(3), Plan(3, 3), Plan(1)], ids=str)
+def test_epilogues(library: Library, plan: Plan, dtype: torch.dtype):
+    """y is that without an epilogue, and out what plain torch makes of it."""
+    case = Case(3, 5, 3, 24, 72)
+    library.schedule(*emulated.SCHEDULES[0])
+    run_one = partial(finished, library, case, dtype, plan)
+    plain_y = run_one(Epilogue(NONE))[0]
+    x, w, _ = operands(case, dtype, whole=False)
+    (scaled, *_) = run_one(Epilogue(GAIN, gain=0.3))
+    exact = plain(FORWARD, x.double(), w.double(), case) * 0.3
+    low = (plain(FORWARD, x.float(), w.float(), case) * 0.3).to(dtype)
+    emulated.assert_as_accurate(scaled, low, exact, "gain")
+    silu, clipped = Epilogue(MODULATED_SILU), Epilogue(SUM, t=0.3, clip=1.5)
+    for epilogue in (silu, clipped, Epilogue(SUM, t=0.5)):
+        y, out, c, skip = run_one(epilogue)
+        assert torch.equal(y, plain_y)
+        if epilogue == silu:
+            function = lambda y: reference.mp_silu_modulated(y, c.to(y.dtype))  # noqa: B023, E731
+        else:
+            function = lambda y: reference.mp_sum(skip.to(y.dtype), y, t=epilogue.t, clip=epilogue.clip)  # noqa: B023, E731
+        emulated.assert_as_accurate(out, function(y), function(y.double()), f"{epilogue}")
+        not_kept, same, *_ = run_one(epilogue, keep=False)
+        assert torch.equal(same, out)
+        assert not_kept.isnan().all()
+
+
 # ---- index arithmetic ----
 
 
@@ -260,7 +328,9 @@ def test_refused(library: Library, case: Case, plan: Plan):
 
 def test_no_images(library: Library):
     case = Case(0, 4, 4, 8, 8)
-    x, w, _ = operands(case, torch.float16, whole=True)
+    x, w, g = operands(case, torch.float16, whole=True)
     before = library.launches()
     run(library, FORWARD, x, w, case, Plan(3))
+    run(library, BACKWARD_INPUT, g, w, case, Plan(3))
     assert library.launches() == before
+    assert torch.equal(run(library, BACKWARD_WEIGHT, g, x, case, Plan(3))[0], torch.zeros(w.shape))
