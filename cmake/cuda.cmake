@@ -1,29 +1,37 @@
-# Decides whether the CUDA kernels are compiled, for which architectures and with which flags, and says so in one line.
-# Sets EDM2_CUDA_ENABLED, EDM2_CUDA_REASON, EDM2_CUDA_VERSION, EDM2_CUDA_FLAGS and CMAKE_CUDA_ARCHITECTURES; enables the language.
+# Decides whether the CUDA kernels are compiled, for which architectures and with which flags, and says so in one line; the same
+# for the convolutions on tensor cores. Sets EDM2_CUDA_ENABLED, EDM2_CUDA_REASON, EDM2_CUDA_VERSION, EDM2_CUDA_FLAGS,
+# CMAKE_CUDA_ARCHITECTURES, EDM2_CONV_ENABLED and EDM2_CONV_REASON; enables the language.
 
 include(CheckLanguage)
 set(EDM2_CUDA_ENABLED OFF)
 set(EDM2_CUDA_VERSION "")
 set(EDM2_CUDA_TOOLKIT 0) # 1000 * major + 10 * minor
 
+# Architectures of the GPUs present.
+function(edm2_gpus result)
+  set(found)
+  find_program(NVIDIA_SMI nvidia-smi)
+  if(NVIDIA_SMI)
+    execute_process(
+      COMMAND ${NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+      OUTPUT_VARIABLE caps
+      RESULT_VARIABLE failed
+      ERROR_QUIET)
+    if(NOT failed)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]" caps "${caps}")
+      string(REPLACE "." "" found "${caps}")
+      list(REMOVE_DUPLICATES found)
+      list(TRANSFORM found REPLACE "^90$" "90a")
+    endif()
+  endif()
+  set(${result} ${found} PARENT_SCOPE)
+endfunction()
+
 # Architectures asked for, or of the GPUs present, or sm_90a; those that nvcc does not know are dropped.
 function(edm2_cuda_architectures nvcc result)
   set(wanted ${EDM2EXT_CUDA_ARCHS})
   if(NOT wanted)
-    find_program(NVIDIA_SMI nvidia-smi)
-    if(NVIDIA_SMI)
-      execute_process(
-        COMMAND ${NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
-        OUTPUT_VARIABLE caps
-        RESULT_VARIABLE failed
-        ERROR_QUIET)
-      if(NOT failed)
-        string(REGEX MATCHALL "[0-9]+\\.[0-9]" caps "${caps}")
-        string(REPLACE "." "" wanted "${caps}")
-        list(REMOVE_DUPLICATES wanted)
-        list(TRANSFORM wanted REPLACE "^90$" "90a")
-      endif()
-    endif()
+    edm2_gpus(wanted)
   endif()
   if(NOT wanted)
     set(wanted 90a)
@@ -83,6 +91,36 @@ function(edm2_cuda_obstacle result)
   return(PROPAGATE ${result} EDM2_CUDA_VERSION EDM2_CUDA_ARCHS)
 endfunction()
 
+# Why the convolutions on tensor cores are not compiled; empty if they are to be. They take minutes, so AUTO spares them those
+# who could not run them.
+function(edm2_conv_obstacle result)
+  if(NOT EDM2EXT_CONV MATCHES "^(AUTO|ON|OFF)$")
+    message(FATAL_ERROR "EDM2EXT_CONV: expected AUTO, ON or OFF, got ${EDM2EXT_CONV}")
+  endif()
+  set(${result} "EDM2EXT_CONV=OFF")
+  if(EDM2EXT_CONV STREQUAL "OFF")
+    return(PROPAGATE ${result})
+  endif()
+  set(${result} "no CUDA kernels: ${EDM2_CUDA_REASON}")
+  if(NOT EDM2_CUDA_ENABLED)
+    return(PROPAGATE ${result})
+  endif()
+  foreach(arch IN LISTS EDM2_CUDA_ARCHS)
+    string(REGEX REPLACE "[af]$" "" base ${arch})
+    set(${result} "architecture ${arch} is older than 80")
+    if(base LESS 80)
+      return(PROPAGATE ${result})
+    endif()
+  endforeach()
+  edm2_gpus(gpus)
+  set(${result} "no GPU here (EDM2EXT_CONV=ON compiles them all the same)")
+  if(EDM2EXT_CONV STREQUAL "AUTO" AND NOT gpus)
+    return(PROPAGATE ${result})
+  endif()
+  set(${result} "")
+  return(PROPAGATE ${result})
+endfunction()
+
 edm2_cuda_obstacle(obstacle)
 if(NOT obstacle)
   set(EDM2_CUDA_ENABLED ON)
@@ -104,4 +142,15 @@ elseif(EDM2EXT_CUDA STREQUAL "ON")
 else()
   set(EDM2_CUDA_REASON ${obstacle})
   message(STATUS "edm2ext: CUDA kernels off: ${obstacle}")
+endif()
+
+set(EDM2_CONV_ENABLED OFF)
+edm2_conv_obstacle(EDM2_CONV_REASON)
+if(NOT EDM2_CONV_REASON)
+  set(EDM2_CONV_ENABLED ON)
+  message(STATUS "edm2ext: convolutions on tensor cores on")
+elseif(EDM2EXT_CONV STREQUAL "ON")
+  message(FATAL_ERROR "edm2ext: EDM2EXT_CONV=ON, but ${EDM2_CONV_REASON}")
+else()
+  message(STATUS "edm2ext: convolutions on tensor cores off: ${EDM2_CONV_REASON}")
 endif()

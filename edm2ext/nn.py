@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edm2ext import backend, ops
+from edm2ext.ops.mp_conv2d import Then, conv2d_of_prepared
 from edm2ext.ops.prepared_weight import Gradients
 from edm2ext.reference import product_dtype
 
@@ -74,13 +75,18 @@ class Layer(nn.Module):
             if forces_in_forward(self.training):
                 ops.force_normalize_(self.weight)
             return ops.effective_weight(self.weight, gain, dtype)
-        effective, made_with, gradients = self.prepared
-        if gain is not made_with and (isinstance(gain, Tensor) or gain != made_with):
-            raise ValueError(f"{type(self).__name__}: the weight is prepared with another gain than this call's")
+        self.check_gain(gain)
+        effective, _, gradients = self.prepared
         if effective is None:
             return ops.effective_weight(self.weight, gain, dtype)
         weight = ops.prepared_weight(self.weight, effective, gain, gradients=gradients)
         return weight if dtype is None else weight.to(dtype)
+
+    def check_gain(self, gain: "Tensor | float") -> None:
+        """Raises ValueError if the weight is prepared with another gain."""
+        made_with = gain if self.prepared is None else self.prepared.gain
+        if gain is not made_with and (isinstance(gain, Tensor) or gain != made_with):
+            raise ValueError(f"{type(self).__name__}: the weight is prepared with another gain than this call's")
 
 
 class PreparedWeights:
@@ -185,16 +191,19 @@ class MPConv(Layer):
         self.groups = groups
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, kernel_size, kernel_size))
 
-    def forward(self, x: Tensor, gain: "Tensor | float" = 1) -> Tensor:
-        """x [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]; gain multiplies the weight."""
-        return ops.mp_conv2d(
-            x,
-            self.effective_weight(gain, product_dtype(x)),
-            prepared=True,
-            stride=self.stride,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+    def forward(self, x: Tensor, gain: "Tensor | float" = 1, then: Then | None = None) -> Tensor:
+        """x [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]; gain multiplies the weight, `then` is
+        applied to the result (`ops.mp_conv2d`)."""
+        options = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups, "then": then}
+        if self.prepared is None:
+            if forces_in_forward(self.training):
+                ops.force_normalize_(self.weight)
+            return ops.mp_conv2d(x, self.weight, gain, **options)
+        self.check_gain(gain)
+        effective, _, gradients = self.prepared
+        if effective is None:
+            return ops.mp_conv2d(x, self.weight, gain, **options)
+        return conv2d_of_prepared(x, self.weight, effective, gain, gradients, **options)
 
     def extra_repr(self) -> str:
         return f"weight={list(self.weight.shape)}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"

@@ -105,7 +105,7 @@ class Counter(TorchDispatchMode):
                 result = func.redispatch(_CUDA, *args, **kwargs)
         finally:
             self._native_op = None
-        self._count(func._opname, take_tally(), kind="native")
+        self._count(func._opname, take_tally(), kind="product" if func._opname.startswith("mp_conv2d") else "native")
         return result
 
     def _count(self, op: str, traffic: Traffic, kind: str = "") -> None:

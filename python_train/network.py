@@ -86,16 +86,16 @@ class Block(torch.nn.Module):
         elif x_silu is None:
             x_silu = ops.mp_silu(x)
 
-        y = self.conv_res0(x_silu)
-        dropout = self.dropout if self.training else 0.0
-        y = ops.mp_silu_modulated(y, c, dropout, philox, self.dropout_index)
-        y = self.conv_res1(y)
+        if self.training and self.dropout > 0:
+            y = ops.mp_silu_modulated(self.conv_res0(x_silu), c, self.dropout, philox, self.dropout_index)
+        else:
+            y = self.conv_res0(x_silu, then=ops.ModulatedSiLU(c))
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = ops.mp_sum(x, y, t=self.res_balance, clip=None if self.num_heads else self.clip_act)
+        x = self.conv_res1(y, then=ops.SumWith(x, self.res_balance, None if self.num_heads else self.clip_act))
         if self.attn_qkv is not None and self.attn_proj is not None:
-            y = self.attn_proj(ops.cosine_attention(self.attn_qkv(x), self.num_heads))
-            x = ops.mp_sum(x, y, t=self.attn_balance, clip=self.clip_act)
+            y = ops.cosine_attention(self.attn_qkv(x), self.num_heads)
+            x = self.attn_proj(y, then=ops.SumWith(x, self.attn_balance, self.clip_act))
         return x
 
 

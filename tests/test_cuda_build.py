@@ -66,6 +66,7 @@ REGISTERS = {
     "denoising_loss_samples": 40,
     "sampler_step_units": 80,
 }
+CONV_REGISTERS = {"mp_conv2d_tiles": 255, "mp_conv2d_add_parts": 80}  # with EDM2EXT_CONV
 STATIC_SHARED_LIMIT = 48 * 1024
 OPS = [
     "pixel_norm",
@@ -125,6 +126,15 @@ class Resources(NamedTuple):
     local: int
 
 
+CONV_OPS = ["", "_backward_input", "_backward_weight", "_silu_modulated", "_sum"]
+
+
+def has_convolutions() -> bool:
+    build = edm2ext.build_info()["build"]
+    assert isinstance(build, dict), build
+    return bool(build["conv"])
+
+
 @pytest.fixture(scope="module")
 def library() -> Path:
     info = edm2ext.build_info()
@@ -167,15 +177,16 @@ def kernels(library: Path) -> list[Resources]:
 def test_kernels_are_there_for_every_architecture(kernels: list[Resources]):
     archs = {f"sm_{arch}" for arch in str(edm2ext.build_info()["cuda_archs"]).split(";")}
     assert {k.arch for k in kernels} == archs
+    expected = set(REGISTERS) | (set(CONV_REGISTERS) if has_convolutions() else set())
     for arch in archs:
-        assert {k.kernel for k in kernels if k.arch == arch} == set(REGISTERS)
+        assert {k.kernel for k in kernels if k.arch == arch} == expected
 
 
 def test_nothing_spills_and_budgets_hold(kernels: list[Resources]):
     for kernel in kernels:
         assert kernel.local == 0, kernel
         assert kernel.stack == 0, kernel
-        assert kernel.registers <= REGISTERS[kernel.kernel], kernel
+        assert kernel.registers <= {**REGISTERS, **CONV_REGISTERS}[kernel.kernel], kernel
         assert kernel.shared <= STATIC_SHARED_LIMIT, kernel
 
 
@@ -183,6 +194,11 @@ def test_nothing_spills_and_budgets_hold(kernels: list[Resources]):
 def test_registered_beside_the_cpu_kernel(library: Path, op: str):
     for key in ("CUDA", "CPU"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::{op}", key)
+
+
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_convolutions_are_registered_where_they_were_built(library: Path, op: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::mp_conv2d{op}", "CUDA") == has_convolutions()
 
 
 def test_ops_work_on_cpu_tensors(library: Path):

@@ -46,34 +46,46 @@ inline cudaError_t shared_limit(int* bytes) {
   return answer;
 }
 
-/// Starts `kernel` with `shared` bytes of dynamic shared memory on as many blocks as `work` needs, at most a few waves:
-/// every kernel strides over the grid. On the counting stream, counts it and its traffic instead.
+/// Starts `kernel` on so many blocks with `shared` bytes of dynamic shared memory. On the counting stream, counts it
+/// and its traffic instead.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_with_shared(int shared, void (*kernel)(Parameters...), int64_t work, dim3 threads,
-                               cudaStream_t stream, Traffic traffic, const Arguments&... arguments) {
+cudaError_t launch_blocks(int shared, void (*kernel)(Parameters...), int64_t blocks, dim3 threads, cudaStream_t stream,
+                          Traffic traffic, const Arguments&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= kParameterLimit);
-  constexpr int64_t kBlocksPerMultiprocessor = 32;
-  if (work <= 0) return cudaSuccess;
+  if (blocks <= 0) return cudaSuccess;
   if (stream == counting_stream()) {
     ++tally.launches;
     tally.read += traffic.read;
     tally.written += traffic.written;
     return cudaSuccess;
   }
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && shared > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (shared > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
   }
-  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.gridDim = dim3(static_cast<unsigned>(std::min(work, multiprocessors * kBlocksPerMultiprocessor)));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = threads;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+/// The same on as many blocks as `work` needs, at most a few waves: the kernel strides over the grid.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with_shared(int shared, void (*kernel)(Parameters...), int64_t work, dim3 threads,
+                               cudaStream_t stream, Traffic traffic, const Arguments&... arguments) {
+  constexpr int64_t kBlocksPerMultiprocessor = 32;
+  int device = 0;
+  int multiprocessors = 1;
+  if (stream != counting_stream()) {
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t blocks = std::min(work, multiprocessors * kBlocksPerMultiprocessor);
+  return launch_blocks(shared, kernel, blocks, threads, stream, traffic, arguments...);
 }
 
 /// The same without dynamic shared memory.

@@ -29,6 +29,8 @@ py::dict build_info() {
   info["cuda_reason"] = EDM2_CUDA_REASON;
   info["cuda_version"] = EDM2_CUDA_VERSION;
   info["cuda_archs"] = EDM2_CUDA_ARCHS;
+  info["conv"] = EDM2_CONV_ENABLED != 0;
+  info["conv_reason"] = EDM2_CONV_REASON;
   return info;
 }
 

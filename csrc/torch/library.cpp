@@ -57,6 +57,14 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("force_normalize_(Tensor(a!)[] weights, float eps) -> ()");
   m.def("prepare_weights(Tensor(a!)[] weights, Tensor?[] gains, float eps, bool force, Tensor(b!)[] out) -> ()");
 
+  // mp_conv2d; plan: tile and splits, or empty (edm2/mp_conv2d_plan.h)
+  m.def("mp_conv2d(Tensor x, Tensor w, Tensor? gain, int[] plan) -> Tensor");
+  m.def("mp_conv2d_backward_input(Tensor grad, Tensor w, int[] plan) -> Tensor");
+  m.def("mp_conv2d_backward_weight(Tensor grad, Tensor x, int kernel_height, int kernel_width, int[] plan) -> Tensor");
+  m.def("mp_conv2d_silu_modulated(Tensor x, Tensor w, Tensor c, bool keep, int[] plan) -> (Tensor, Tensor)");
+  m.def(
+      "mp_conv2d_sum(Tensor x, Tensor w, Tensor skip, float t, float clip, bool keep, int[] plan) -> (Tensor, Tensor)");
+
   // cosine_attention
   m.def("qkv_norm(Tensor qkv, int heads, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("qkv_norm_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, int heads, float eps) -> Tensor");

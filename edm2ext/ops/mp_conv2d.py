@@ -1,20 +1,78 @@
 """Magnitude-preserving convolution and linear layer (specification 2.6, Eq. 47)."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edm2ext import _library, backend, checks
+from edm2ext import _library, backend, checks, reference
+from edm2ext.ops.mp_silu import mp_silu_modulated
+from edm2ext.ops.mp_sum import mp_sum
 from edm2ext.ops.normalize_weight import unchecked_effective_weight
+from edm2ext.ops.prepared_weight import Gradients, prepared_weight
 from edm2ext.reference import memory_format, product_dtype
 
 _conv_weight_grad = backend.op("conv_weight_grad")
-_KERNELS = backend.kernels("conv_weight_grad")
+_SUM_KERNELS = backend.kernels("conv_weight_grad")
 _LANES = 8  # its input channels come in multiples of this
 # Where it was measured faster than the library's (1.4 to 2 times).
 _FASTER = _library.build_info()["cpu_isa"] == "avx2"
+
+_mp_conv2d = backend.op("mp_conv2d")
+_mp_conv2d_backward_input = backend.op("mp_conv2d_backward_input")
+_mp_conv2d_backward_weight = backend.op("mp_conv2d_backward_weight")
+_mp_conv2d_silu_modulated = backend.op("mp_conv2d_silu_modulated")
+_mp_conv2d_sum = backend.op("mp_conv2d_sum")
+_mp_silu_modulated_backward = backend.op("mp_silu_modulated_backward")
+_mp_sum_backward = backend.op("mp_sum_backward")
+_effective_weight_backward = backend.op("effective_weight_backward")
+_KERNELS = backend.kernels(
+    "mp_conv2d",
+    "mp_conv2d_backward_input",
+    "mp_conv2d_backward_weight",
+    "mp_conv2d_silu_modulated",
+    "mp_conv2d_sum",
+    "mp_silu_modulated_backward",
+    "mp_sum_backward",
+    "effective_weight_backward",
+)
+_CHANNELS = 8  # of which the kernels want a multiple: 16 bytes
+_MOST_TAPS = 25
+_CHOOSE: list[int] = []  # the plan that the library chooses
+
+
+class ModulatedSiLU(NamedTuple):
+    """What may follow a convolution y: mp_silu(y * c) with c [N, out] (2.8)."""
+
+    c: Tensor
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return mp_silu_modulated(y, self.c)
+
+    def fits(self, shape: tuple[int, ...], x: Tensor) -> bool:
+        """Whether one kernel can do both, for y of that shape."""
+        return self.c.shape == shape[:2] and self.c.device == x.device and self.c.is_floating_point()
+
+
+class SumWith(NamedTuple):
+    """What may follow a convolution y: mp_sum(skip, y, t, clip) (2.3, 2.13)."""
+
+    skip: Tensor
+    t: float = 0.5
+    clip: float | None = None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return mp_sum(self.skip, y, self.t, self.clip)
+
+    def fits(self, shape: tuple[int, ...], x: Tensor) -> bool:
+        """Whether one kernel can do both, for y of that shape."""
+        alike = self.skip.shape == shape and self.skip.device == x.device and self.skip.dtype == x.dtype
+        return alike and 0 <= self.t <= 1 and (self.clip is None or self.clip > 0)
+
+
+Then = ModulatedSiLU | SumWith
 
 
 def mp_conv2d(
@@ -27,20 +85,45 @@ def mp_conv2d(
     padding: "str | int | tuple[int, int]" = "same",
     dilation: "int | tuple[int, int]" = 1,
     groups: int = 1,
+    then: Then | None = None,
 ) -> Tensor:
     """Convolution of x [N, C, H, W] with the effective weight of w [out, C / groups, kh, kw] (2.6, Eq. 47).
 
     gain is a number or a 0-dim tensor. The weight follows x's dtype, or autocast's. Padding "same" puts
     dilation * (k - 1) / 2 zeros on each side, so that stride 1 keeps the size, and needs odd kernel sizes. With
-    `prepared`, w is an effective weight already, and gain must be 1. Raises ValueError or TypeError for shapes that do
-    not match, or other values of gain, padding and groups.
+    `prepared`, w is an effective weight already, and gain must be 1. `then` is what to do with the result, which our
+    kernels do while storing it. Raises ValueError or TypeError for shapes that do not match, or other values of gain,
+    padding and groups.
+
+    On a GPU, in float16 or bfloat16 and channels_last, convolutions that keep the size, with multiples of 8 channels
+    and up to 25 taps, run on kernels of our own if the library was built with them (CMake option EDM2EXT_CONV); the
+    gradient of the weight then stays in float32 on its way to w. All others are torch's.
     """
     pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
     dtype = product_dtype(x)
+    if _has_kernel(x, w, dtype, stride, pad, dilation, groups):
+        if prepared:
+            return convolve(x.to(dtype), w, w.to(dtype), 1.0, "effective", then)
+        with torch.no_grad():
+            kernel = unchecked_effective_weight(w, gain, dtype)
+        return convolve(x.to(dtype), w, kernel, gain, "raw", then)
     kernel = w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype)
-    if _FASTER and _summed_natively(x, kernel, (stride, pad, dilation, groups)):
+    y = _by_torch(x, kernel, stride, pad, dilation, groups)
+    return y if then is None else then(y)
+
+
+def _by_torch(
+    x: Tensor,
+    kernel: Tensor,
+    stride: "int | tuple[int, int]",
+    padding: "int | tuple[int, int]",
+    dilation: "int | tuple[int, int]",
+    groups: int,
+) -> Tensor:
+    """torch's convolution, with a gradient of the kernel of our own where that is faster."""
+    if _FASTER and _summed_natively(x, kernel, (stride, padding, dilation, groups)):
         return _Conv.apply(x, kernel)
-    return F.conv2d(x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups)
+    return F.conv2d(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def _summed_natively(x: Tensor, kernel: Tensor, options: tuple[object, ...]) -> bool:
@@ -55,7 +138,7 @@ def _summed_natively(x: Tensor, kernel: Tensor, options: tuple[object, ...]) -> 
         and size % 2 == 1
         and x.shape[1] % _LANES == 0
         and memory_format(x) == torch.channels_last
-        and backend.native(x, _KERNELS)
+        and backend.native(x, _SUM_KERNELS)
         and not torch.compiler.is_compiling()
     )
 
@@ -94,3 +177,213 @@ def mp_linear(x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: boo
     checks.linear_arguments(x, w, gain, prepared)
     dtype = product_dtype(x)
     return F.linear(x, w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype))
+
+
+def _pair(value: "int | tuple[int, int]") -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _has_kernel(
+    x: Tensor,
+    w: Tensor,
+    dtype: torch.dtype,
+    stride: "int | tuple[int, int]",
+    padding: "int | tuple[int, int]",
+    dilation: "int | tuple[int, int]",
+    groups: int,
+) -> bool:
+    """Whether the convolution is one that our kernels compute."""
+    out, channels, height, width = w.shape
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and backend.native(x, _KERNELS)
+        and memory_format(x) == torch.channels_last
+        and out % _CHANNELS == 0
+        and channels % _CHANNELS == 0
+        and height % 2 == 1
+        and width % 2 == 1
+        and height * width <= _MOST_TAPS
+        and groups == 1
+        and _pair(stride) == (1, 1)
+        and _pair(dilation) == (1, 1)
+        and _pair(padding) == (height // 2, width // 2)
+    )
+
+
+def conv2d_of_prepared(
+    x: Tensor,
+    w: Tensor,
+    effective: Tensor,
+    gain: "Tensor | float",
+    gradients: Gradients,
+    *,
+    stride: "int | tuple[int, int]" = 1,
+    dilation: "int | tuple[int, int]" = 1,
+    groups: int = 1,
+    then: Then | None = None,
+) -> Tensor:
+    """mp_conv2d with the effective weight made in advance from w and gain, differentiable in them as prepared_weight
+    is."""
+    pad = checks.conv_arguments(x, w, 1, True, "same", dilation, groups)
+    dtype = product_dtype(x)
+    if _has_kernel(x, effective, dtype, stride, pad, dilation, groups):
+        return convolve(x.to(dtype), w, effective.to(dtype), gain, gradients, then)
+    weight = prepared_weight(w, effective, gain, gradients=gradients).to(dtype)
+    y = _by_torch(x, weight, stride, pad, dilation, groups)
+    return y if then is None else then(y)
+
+
+def convolve(
+    x: Tensor,
+    w: Tensor,
+    kernel: Tensor,
+    gain: "Tensor | float",
+    gradients: Gradients,
+    then: Then | None = None,
+) -> Tensor:
+    """x convolved with the effective weight `kernel`, of x's dtype, by our kernels; w gets the gradient, which is kept
+    in float32 until then: w's own through 2.6 with "raw", that of the effective weight with "effective"."""
+    shape = (x.shape[0], kernel.shape[0], *x.shape[2:])
+    if then is not None and not then.fits(shape, x):
+        return then(convolve(x, w, kernel, gain, gradients))
+    kernel = kernel.detach().contiguous(memory_format=torch.channels_last)
+    other, t, clip = None, 0.0, math.inf
+    if isinstance(then, ModulatedSiLU):
+        other = then.c.to(x.dtype)
+    elif then is not None:
+        other, t, clip = then.skip, then.t, math.inf if then.clip is None else then.clip
+    fused = _fusions.get(type(then))
+    differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in (x, w, gain, other))
+    if differentiable and torch.is_grad_enabled():
+        return _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip)
+    return _forward(x, kernel, other, fused, t, clip, keep=False)[0]
+
+
+_fusions = {ModulatedSiLU: "silu", SumWith: "sum"}
+
+
+def _forward(
+    x: Tensor, kernel: Tensor, other: Tensor | None, fused: str | None, t: float, clip: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and the convolution where it is kept or the same."""
+    if fused == "silu":
+        return _mp_conv2d_silu_modulated(x, kernel, other, keep, _CHOOSE)
+    if fused == "sum":
+        return _mp_conv2d_sum(x, kernel, other, t, clip, keep, _CHOOSE)
+    y = _mp_conv2d(x, kernel, None, _CHOOSE)
+    return y, y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        gain: "Tensor | float",
+        other: Tensor | None,
+        kernel: Tensor,
+        gradients: Gradients,
+        fused: str | None,
+        t: float,
+        clip: float,
+    ) -> Tensor:
+        keep = fused == "silu" or (fused == "sum" and clip < math.inf)
+        out, y = _forward(x, kernel, other, fused, t, clip, keep)
+        ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None, other, y if keep else None)
+        ctx.gain = None if isinstance(gain, Tensor) else float(gain)
+        ctx.gradients, ctx.fused, ctx.t, ctx.clip = gradients, fused, t, clip
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, kernel, gain, other, y = ctx.saved_tensors
+        needs_x, needs_w, needs_gain = ctx.needs_input_grad[:3]
+        nothing = (None,) * 5
+        if backend.differentiating_backward():
+            return *_differentiable_backward(ctx, grad), *nothing
+        grad_other = None
+        if ctx.fused == "silu":
+            grad, grad_other = _mp_silu_modulated_backward(grad, y, other)
+        elif ctx.fused == "sum":
+            inputs = (grad, grad) if y is None else (other, y)  # only looked at where there is clamping
+            grad_other, grad = _mp_sum_backward(grad, *inputs, ctx.t, ctx.clip)
+        grad_x = _mp_conv2d_backward_input(grad, kernel, _CHOOSE) if needs_x else None
+        if not needs_w and not needs_gain:
+            return grad_x, None, None, grad_other, *nothing
+        grad_w = _mp_conv2d_backward_weight(grad, x, *kernel.shape[2:], _CHOOSE)
+        if ctx.gradients == "effective":
+            grad_w = grad_w.to(w.dtype, memory_format=memory_format(w))
+            return grad_x, grad_w, None, grad_other, *nothing
+        wide = None if gain is None else gain.to(w.device, torch.float32)
+        scale = ctx.gain if gain is None else 1.0
+        grad_w, grad_gain = _effective_weight_backward(grad_w, w, wide, scale, reference.layer_eps())
+        return grad_x, grad_w, None if gain is None else grad_gain.to(gain.device, gain.dtype), grad_other, *nothing
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, w, the gain and c or skip as functions of these and of grad, in plain torch."""
+    x, w, kernel, gain, other, _ = ctx.saved_tensors
+    padding = kernel.shape[2] // 2, kernel.shape[3] // 2
+    of_gain = ctx.gradients == "raw" and gain is not None
+
+    def function(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        if ctx.gradients == "raw":
+            weight = reference.effective_weight(w, rest[0] if of_gain else ctx.gain, kernel.dtype)
+        else:
+            weight = kernel + (w - w.detach()).to(kernel.dtype)
+        y = F.conv2d(x, weight, padding=padding)
+        if ctx.fused == "silu":
+            return reference.mp_silu_modulated(y, rest[-1])
+        if ctx.fused == "sum":
+            return reference.mp_sum(rest[-1], y, ctx.t, None if math.isinf(ctx.clip) else ctx.clip)
+        return y
+
+    inputs = [x, w, *([gain] if of_gain else []), *([other] if ctx.fused else [])]
+    needs_x, needs_w, needs_gain, needs_other = ctx.needs_input_grad[:4]
+    needed = (needs_x, needs_w, *([needs_gain] if of_gain else []), *([needs_other] if ctx.fused else []))
+    found = backend.reference_vjp(function, tuple(inputs), needed, (grad,))
+    return found[0], found[1], found[2] if of_gain else None, found[-1] if ctx.fused else None
+
+
+def _image(like: Tensor, channels: int) -> Tensor:
+    """What a native op allocates for an activation."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _nothing_or(keep: bool, like: Tensor, channels: int) -> Tensor:
+    return _image(like, channels) if keep else like.new_empty(0)
+
+
+@backend.fake("mp_conv2d")
+def fake_forward(x: Tensor, w: Tensor, gain: Tensor | None, plan: list[int]) -> Tensor:
+    torch._check(x.dim() == 4 and w.dim() == 4 and x.shape[1] == w.shape[1])
+    return _image(x, w.shape[0])
+
+
+@backend.fake("mp_conv2d_backward_input")
+def fake_backward_input(grad: Tensor, w: Tensor, plan: list[int]) -> Tensor:
+    torch._check(grad.dim() == 4 and w.dim() == 4 and grad.shape[1] == w.shape[0])
+    return _image(grad, w.shape[1])
+
+
+@backend.fake("mp_conv2d_backward_weight")
+def fake_backward_weight(grad: Tensor, x: Tensor, kernel_height: int, kernel_width: int, plan: list[int]) -> Tensor:
+    torch._check(grad.dim() == 4 and x.dim() == 4 and grad.shape[2:] == x.shape[2:])
+    shape = (grad.shape[1], x.shape[1], kernel_height, kernel_width)
+    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+
+
+@backend.fake("mp_conv2d_silu_modulated")
+def fake_silu_modulated(x: Tensor, w: Tensor, c: Tensor, keep: bool, plan: list[int]) -> tuple[Tensor, Tensor]:
+    torch._check(c.dim() == 2 and c.shape[0] == x.shape[0] and c.shape[1] == w.shape[0])
+    return _image(x, w.shape[0]), _nothing_or(keep, x, w.shape[0])
+
+
+@backend.fake("mp_conv2d_sum")
+def fake_sum(
+    x: Tensor, w: Tensor, skip: Tensor, t: float, clip: float, keep: bool, plan: list[int]
+) -> tuple[Tensor, Tensor]:
+    torch._check(skip.dim() == 4 and skip.shape[1] == w.shape[0])
+    return _image(x, w.shape[0]), _nothing_or(keep, x, w.shape[0])

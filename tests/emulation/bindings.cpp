@@ -22,6 +22,7 @@
 #include "torch/ema_update_cuda.cpp"
 #include "torch/library.cpp"
 #include "torch/mp_cat_cuda.cpp"
+#include "torch/mp_conv2d_cuda.cpp"
 #include "torch/mp_fourier_cuda.cpp"
 #include "torch/mp_silu_cuda.cpp"
 #include "torch/mp_sum_cuda.cpp"

@@ -43,7 +43,7 @@ dim3 blockDim;
 dim3 gridDim;
 
 namespace edm2::cuda {
-alignas(16) thread_local unsigned char dynamic_shared[emulation::kDynamicSharedMost];
+alignas(128) thread_local unsigned char dynamic_shared[emulation::kDynamicSharedMost];
 }  // namespace edm2::cuda
 
 namespace emulation {
@@ -56,6 +56,13 @@ constexpr int kNaNByte = 0xff;  // all ones is a NaN in every floating-point typ
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
+struct Copy {
+  void* target;
+  const void* source;
+  size_t bytes;
+  unsigned group;
+};
+
 struct Thread {
   Fiber fiber{kStackBytes};
   uint3 index = {};
@@ -63,6 +70,8 @@ struct Thread {
   std::source_location where;  // of the barrier or collective it waits in
   unsigned mask = 0;
   void* operand = nullptr;
+  std::deque<Copy> copies;   // that it has not waited for
+  unsigned copy_groups = 0;  // ended so far
 };
 
 struct Warp {
@@ -225,6 +234,8 @@ void start(Block& b, int64_t number) {
     t.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     b.set_state(t, State::kReady);
     b.warps[i / kWarpSize].alive |= 1u << i % kWarpSize;
+    t.copies.clear();
+    t.copy_groups = 0;
     t.fiber.start(thread_main);
   }
   b.shared.assign(shared_memory().bytes, kNaNByte);
@@ -386,6 +397,25 @@ void warp_collective(unsigned mask, void* operand, void (*combine)(unsigned, voi
     if ((mask >> i & 1) != 0) block->set_state(block->threads[number - lane + i], State::kReady);
   }
   warp.waiting &= ~mask;
+}
+
+void start_copy(void* target, const void* source, size_t bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(source);
+  const auto to = reinterpret_cast<uintptr_t>(target);
+  if (from % bytes != 0 || to % bytes != 0) fail("misaligned copy by " + describe(*thread));
+  memset(target, kNaNByte, bytes);
+  thread->copies.push_back({target, source, bytes, thread->copy_groups});
+}
+
+void end_copy_group() { ++thread->copy_groups; }
+
+void await_copy_groups(unsigned in_flight) {
+  std::deque<Copy>& copies = thread->copies;
+  while (!copies.empty() && copies.front().group + in_flight < thread->copy_groups) {
+    const Copy& copy = copies.front();
+    copy.source == nullptr ? memset(copy.target, 0, copy.bytes) : memcpy(copy.target, copy.source, copy.bytes);
+    copies.pop_front();
+  }
 }
 
 Outcome run(dim3 grid, dim3 threads, size_t dynamic_shared_bytes, size_t granted, const std::function<void()>& body) {

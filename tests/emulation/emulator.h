@@ -3,7 +3,8 @@
 // gone, and for memory that is read before it is written (shared memory starts every block as NaN); the order of
 // threads and blocks can be changed, so that a missing barrier shows.
 //
-// A kernel can be emulated if it is plain CUDA C++: no inline PTX, no cooperative groups, no cub. Dynamic shared memory
+// A kernel can be emulated if it is plain CUDA C++: no inline PTX but that of csrc/cuda/tensor_core.cuh, which has a
+// twin here, no cooperative groups, no cub. Dynamic shared memory
 // is declared as `extern __shared__ unsigned char dynamic_shared[];`. What include/cuda_runtime.h does not have yet is
 // added there.
 #pragma once
@@ -57,6 +58,13 @@ void block_barrier(std::source_location where);
 void warp_collective(unsigned mask, void* operand, void (*combine)(unsigned mask, void** operands),
                      std::source_location where);
 
+/// cp.async: the running thread starts to copy to shared memory; null: zeros. Nobody may read the target until the
+/// thread has waited for the copy, so until then it holds NaN.
+void start_copy(void* target, const void* source, size_t bytes);
+void end_copy_group();
+/// Makes the copies of all but the latest so many groups.
+void await_copy_groups(unsigned in_flight);
+
 enum class Outcome { kDone, kRefused, kFailed };
 
 /// Runs `body` once per thread of the grid. Refused: a GPU would not start it. Failed: a fault was found;
@@ -68,7 +76,7 @@ Outcome run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, size_t granted, 
 
 namespace edm2::cuda {
 /// Dynamic shared memory: kernels declare `extern __shared__ unsigned char dynamic_shared[];`.
-alignas(16) extern thread_local unsigned char dynamic_shared[emulation::kDynamicSharedMost];
+alignas(128) extern thread_local unsigned char dynamic_shared[emulation::kDynamicSharedMost];
 }  // namespace edm2::cuda
 
 // For the tests, by ctypes.

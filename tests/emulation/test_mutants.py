@@ -13,6 +13,7 @@ import pytest
 import test_emulated_accumulate_snapshots
 import test_emulated_adam_step
 import test_emulated_cosine_attention
+import test_emulated_mp_conv2d
 import test_emulated_mp_fourier
 import test_emulated_mp_silu
 import test_emulated_normalize_weight
@@ -92,6 +93,11 @@ def check_adam_step(library: Library) -> None:
     test_emulated_adam_step.check(library, cases, effective=False, force=False)
 
 
+def check_mp_conv2d(library: Library) -> None:
+    case = test_emulated_mp_conv2d.Case(1, 9, 8, 40, 72)
+    test_emulated_mp_conv2d.check_exactly(library, case, test_emulated_mp_conv2d.Plan(3), (0,))
+
+
 # File of kernels: the check that must fail without one of its barriers, and the library it is called with.
 CHECKS = {
     "pixel_norm.cuh": (check_pixel_norm, "pixel_norm"),
@@ -99,6 +105,7 @@ CHECKS = {
     "normalize_weight.cuh": (check_normalize_weight, "normalize_weight"),
     "adam_step.cuh": (check_adam_step, "adam_step"),
     "rows.cuh": (check_normalize_weight, "normalize_weight"),
+    "mp_conv2d.cuh": (check_mp_conv2d, "mp_conv2d"),
     "cosine_attention.cuh": (check_cosine_attention, "cosine_attention"),
     "mp_fourier.cuh": (check_mp_fourier, "mp_fourier"),
     "accumulate_snapshots.cuh": (check_accumulate_snapshots, "accumulate_snapshots"),
@@ -248,6 +255,27 @@ FAULTS = [
     ("mp_cat.cuh", "rounded<T>(load<N>(part + walk.unit_of_part() * N) * weight)", "load<N>(part) * weight"),
     ("mp_cat.cu", "size_b % kPack<T> == 0 && ", ""),
     ("mp_cat.cu", "all_aligned(pointers...)", "(all_aligned(pointers...) || true)"),
+    ("mp_conv2d.cuh", "  await_copies<Tile::kStages - 2>();\n  __syncthreads();", "__syncthreads();"),
+    ("mp_conv2d.cuh", "  await_copies<Tile::kStages - 2>();\n        __syncthreads();", "__syncthreads();"),
+    ("mp_conv2d.cuh", "await_copies<Tile::kStages - 2>", "await_copies<Tile::kStages - 1>"),
+    ("mp_conv2d.cuh", "    commit_copies();\n    ++copied;", "    ++copied;"),
+    ("mp_conv2d.cuh", "    __syncwarp();\n#pragma unroll", "#pragma unroll"),
+    ("mp_conv2d.cuh", "    __syncwarp();\n  }\n}", "  }\n}"),
+    ("mp_conv2d.cuh", "copy_stage + 1 < Tile::kStages ?", "copy_stage + 2 < Tile::kStages ?"),
+    ("mp_conv2d.cuh", "is_channel && (inside_[i] >> tap & 1) != 0", "is_channel"),
+    ("mp_conv2d.cuh", "is_channel && (inside_[i] >> tap & 1) != 0", "(inside_[i] >> tap & 1) != 0"),
+    ("mp_conv2d.cuh", "is_channel && out_ + i * Share::kRowStep < sizes.out", "out_ + i * Share::kRowStep < sizes.out"),
+    ("mp_conv2d.cuh", "kernel_width - 1 - step.tap(sizes)", "kernel_width - 1 - 0 * step.tap(sizes)"),
+    ("mp_conv2d.cuh", "is_out && in_ + ahead", "in_ + ahead"),
+    ("mp_conv2d.cuh", "pixel < sizes.pixels && out_", "out_"),
+    ("mp_conv2d.cuh", "pixel < sizes.pixels && is_inside", "is_inside"),
+    ("mp_conv2d.cuh", "channel += kConvDepth;", "channel += kConvDepth / 2;"),
+    ("mp_conv2d.cuh", "(part + 1) % kParts * 16", "0"),
+    ("mp_conv2d.cuh", "at_row >= args.rows || ", ""),
+    ("mp_conv2d.cuh", "int64_t{args.steps} * (split + 1) / args.splits", "args.steps"),
+    ("mp_conv2d.cuh", "for (int split = 0; split < args.splits", "for (int split = 1; split < args.splits"),
+    ("mp_conv2d.cuh", "const int64_t sample = divide(row, output.by_pixels)", "const int64_t sample = 0"),
+    ("mp_conv2d.cu", "plan.splits > std::max<int64_t>(product.steps, 1)", "false"),
     ("mp_fourier.cuh", "kLimit = 0x1p48", "kLimit = 0x1p500"),
     (
         "mp_fourier.cuh",
@@ -304,7 +332,7 @@ FAULTS = [
 ]
 _OPS = ("pixel_norm", "mp_silu", "mp_sum", "mp_cat", "mp_fourier", "resample", "resample_down_pixel_norm")
 _OPS += ("cosine_attention", "ema_update", "adam_step", "normalize_weight", "accumulate_snapshots")
-_OPS += ("precondition", "denoising_loss", "sampler_step")
+_OPS += ("mp_conv2d", "precondition", "denoising_loss", "sampler_step")
 # Whose tests run: those of all ops, unless the file is an op's own or listed here.
 _USERS = {
     **{name: (name,) for name in _OPS},

@@ -135,8 +135,11 @@ def arguments(name: str, r: Make) -> list[tuple]:
     }[name]
 
 
+# Those without a CPU kernel, the convolutions, are checked under emulation (test_emulated_bindings.py).
 NAMES = sorted(
-    name.removeprefix("edm2::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("edm2::")
+    name.removeprefix("edm2::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("edm2::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 )
 
 

@@ -1,0 +1,240 @@
+"""Every distinct convolution of EDM2 and the time that a model of the GPU expects our kernels to take for it.
+
+python -m benchmarks.conv_problems [--preset img512-s ...] [--batch 32 ...] [--gpu H200] [--all] [--csv FILE]
+
+The problems come from the network itself, run on meta tensors. **All times are predictions**: no GPU takes part. The
+model asks the library for its plan (tile, splits), counts the rounds of blocks that the multiprocessors work off, and
+takes the longer of arithmetic and memory traffic:
+
+    time = max(rounds * (products of a block / share of the tensor cores + latency), bytes / bandwidth) + parts
+    parts = 2 * bytes of the parts of split sums / bandwidth + a launch
+
+The bound beside it is what no kernel can beat: max(products / peak of mma.sync, bytes / bandwidth).
+"""
+
+import collections
+import csv
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch import Tensor
+
+from edm2ext import _library
+from edm2ext.nn import MPConv
+from python_train.config import PRESETS, make_options
+from python_train.network import Precond
+
+BATCHES = (8, 32, 128)
+DIRECTIONS = ("forward", "grad x", "grad w")
+_RESOLUTION_CHANNELS_LABELS = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
+_DEPTH = 32  # kConvDepth
+_LATENCY = 1.0e-6  # seconds until a block's first operands are there, and for storing its sums
+_LAUNCH = 3.0e-6
+_UTILITY = 0.85  # of a multiprocessor's tensor cores while it multiplies
+
+
+class GPU(NamedTuple):
+    """Data sheet, and the share of its peak for dense 16-bit products that mma.sync can reach: all of it on Ampere;
+    on Hopper, whose full rate is for wgmma, about 0.62 is reported."""
+
+    multiprocessors: int
+    peak: float  # flop/s
+    mma_share: float
+    bandwidth: float  # bytes/s
+
+
+GPUS = {
+    "A100": GPU(108, 312e12, 1.0, 1.55e12),
+    "H100": GPU(132, 989e12, 0.62, 3.35e12),
+    "H200": GPU(132, 989e12, 0.62, 4.8e12),
+}
+
+
+class Problem(NamedTuple):
+    """A convolution with stride 1 and padding that keeps the size; all but the batch."""
+
+    height: int
+    width: int
+    channels: int
+    out: int
+    kernel: int
+
+    def products(self, batch: int) -> int:
+        """Multiply-adds, of either direction."""
+        return batch * self.height * self.width * self.channels * self.out * self.kernel**2
+
+    @property
+    def served(self) -> bool:
+        """Whether our kernels take it; else torch's convolution does."""
+        return self.channels % 8 == 0 and self.out % 8 == 0
+
+    def __str__(self) -> str:
+        return f"{self.kernel}x{self.kernel} {self.channels}->{self.out} at {self.height}x{self.width}"
+
+
+class Plan(NamedTuple):
+    """What edm2_plan_conv answers."""
+
+    rows: int
+    columns: int
+    blocks: int
+    splits: int
+    steps: int
+    resident: int
+    sum_rows: int
+    sum_columns: int
+
+
+class Prediction(NamedTuple):
+    """Seconds."""
+
+    plan: Plan
+    rounds: int
+    arithmetic: float
+    memory: float
+    parts: float
+    bound: float
+
+    @property
+    def time(self) -> float:
+        return max(self.arithmetic, self.memory) + self.parts
+
+
+@functools.cache
+def problems_of(preset: str) -> dict[Problem, int]:
+    """The preset's convolutions, and how often a forward pass computes each."""
+    resolution, channels, label_dim = _RESOLUTION_CHANNELS_LABELS[preset.split("-")[0]]
+    found: collections.Counter[Problem] = collections.Counter()
+
+    def record(layer: MPConv, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        height, width = inputs[0].shape[2:]
+        assert output.shape[2:] == (height, width)
+        found[Problem(height, width, inputs[0].shape[1], output.shape[1], layer.weight.shape[2])] += 1
+
+    with torch.device("meta"), torch.no_grad():
+        net = Precond(**make_options(preset).network_config(resolution, channels, label_dim))
+        for layer in net.modules():
+            if isinstance(layer, MPConv):
+                layer.register_forward_hook(record)
+        net.eval()(torch.empty(1, channels, resolution, resolution), torch.ones(1), torch.empty(1, label_dim))
+    return dict(sorted(found.items(), key=lambda item: (-item[0].height, item[0])))
+
+
+def plan(problem: Problem, batch: int, direction: int, gpu: GPU) -> Plan:
+    """What the library would do."""
+    sizes = (ctypes.c_int64 * 7)(batch, *problem[:4], problem.kernel, problem.kernel)
+    answer = (ctypes.c_int64 * 8)()
+    ctypes.CDLL(str(_library.PATH)).edm2_plan_conv(direction, sizes, gpu.multiprocessors, answer)
+    return Plan(*answer)
+
+
+def predict(problem: Problem, batch: int, direction: int, gpu: GPU) -> Prediction:
+    """How long a convolution or gradient in 16 bits ought to take."""
+    chosen = plan(problem, batch, direction, gpu)
+    peak = gpu.peak / 2 * gpu.mma_share  # multiply-adds/s
+    of_block = chosen.rows * chosen.columns * chosen.steps * _DEPTH
+    rounds = -(-chosen.blocks // gpu.multiprocessors)
+    waves = -(-chosen.blocks // (gpu.multiprocessors * chosen.resident))
+    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * _UTILITY) + waves * _LATENCY
+    pixels = batch * problem.height * problem.width
+    activations = 2 * pixels * (problem.channels + problem.out)
+    weight = problem.channels * problem.out * problem.kernel**2
+    moved = activations + weight * (4 if direction == 2 else 2)
+    parts = 0.0
+    if chosen.splits > 1:
+        parts = 2 * 4 * chosen.splits * chosen.sum_rows * chosen.sum_columns / gpu.bandwidth + _LAUNCH
+    memory = moved / gpu.bandwidth
+    bound = max(problem.products(batch) / peak, memory)
+    return Prediction(chosen, rounds, arithmetic, memory, parts, bound)
+
+
+def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterator[dict[str, object]]:
+    """One for each distinct problem of the presets, batch and direction."""
+    users: dict[Problem, list[str]] = {}
+    for preset in presets:
+        for problem in problems_of(preset):
+            users.setdefault(problem, []).append(preset)
+    for batch in batches:
+        for problem, names in sorted(users.items(), key=lambda item: (-item[0].height, item[0])):
+            for direction, name in enumerate(DIRECTIONS):
+                row: dict[str, object] = {
+                    "batch": batch,
+                    "problem": str(problem),
+                    "direction": name,
+                    "gigaproducts": round(problem.products(batch) / 1e9, 3),
+                    "presets": " ".join(names),
+                }
+                if problem.served:
+                    made = predict(problem, batch, direction, gpu)
+                    row |= {
+                        "tile": f"{made.plan.rows}x{made.plan.columns}",
+                        "splits": made.plan.splits,
+                        "blocks": made.plan.blocks,
+                        "rounds": made.rounds,
+                        "predicted_us": round(made.time * 1e6, 1),
+                        "bound_us": round(made.bound * 1e6, 1),
+                        "predicted_tflops": round(2 * problem.products(batch) / made.time / 1e12, 1),
+                    }
+                yield row
+
+
+def summary(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterator[str]:
+    """Markdown: the convolutions of one forward and backward pass together."""
+    yield "| preset | batch | distinct | layers | 1e12 products | not ours | predicted ms | bound ms | bound / time |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for preset in presets:
+        found = problems_of(preset)
+        for batch in batches:
+            total = sum(3 * n * p.products(batch) for p, n in found.items())
+            rest = sum(3 * n * p.products(batch) for p, n in found.items() if not p.served)
+            times = [
+                (n * made.time, n * made.bound)
+                for p, n in found.items()
+                if p.served
+                for made in (predict(p, batch, direction, gpu) for direction in range(3))
+            ]
+            time, bound = (sum(column) for column in zip(*times, strict=True))
+            cells = [preset, batch, len(found), sum(found.values()), f"{total / 1e12:.2f}", f"{rest / total:.1%}"]
+            cells += [f"{time * 1e3:.2f}", f"{bound * 1e3:.2f}", f"{bound / time:.2f}"]
+            yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(found: Sequence[dict[str, object]]) -> Iterator[str]:
+    """Markdown."""
+    header = max(found, key=len).keys()
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in found:
+        yield "| " + " | ".join(str(row.get(key, "")) for key in header) + " |"
+
+
+_EDM2_PRESETS = [name for name in PRESETS if name.split("-")[0] in _RESOLUTION_CHANNELS_LABELS]
+
+
+@click.command(help=__doc__)
+@click.option("--preset", "presets", multiple=True, type=click.Choice(_EDM2_PRESETS), help="[default: all]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="[default: 8, 32, 128]")
+@click.option("--gpu", type=click.Choice(list(GPUS)), default="H200", show_default=True)
+@click.option("--all", "every", is_flag=True, help="Also a row for every problem and direction.")
+@click.option("--csv", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write these rows to a file.")
+def main(presets: tuple[str, ...], batches: tuple[int, ...], gpu: str, every: bool, file: Path | None) -> None:
+    presets, batches = presets or tuple(_EDM2_PRESETS), batches or BATCHES
+    print(f"Predicted for {gpu}, {', '.join(map(str, GPUS[gpu]._asdict().items()))}; nothing here was measured.\n")
+    print("\n".join(summary(presets, batches, GPUS[gpu])))
+    found = list(rows(presets, batches, GPUS[gpu])) if every or file else []
+    if every:
+        print("", *table(found), sep="\n")
+    if file is not None:
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, max(found, key=len).keys())
+            writer.writeheader()
+            writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+// Launching the convolution kernels. Host code.
+#pragma once
+
+#include "launch.h"
+#include "mp_conv2d.cuh"
+
+namespace edm2::cuda {
+
+/// Starts mp_conv2d_tiles<Direction, Tile, T>. Each direction and tile is compiled on its own (mp_conv2d_tiles.cu).
+template <ConvDirection Direction, int Tile, typename T>
+cudaError_t launch_conv_tiles(const ConvArguments<T>& args, cudaStream_t stream, Traffic traffic);
+
+}  // namespace edm2::cuda

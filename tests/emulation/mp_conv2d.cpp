@@ -1,0 +1,69 @@
+// The convolution kernels and launchers, for ctypes.
+#include "cuda/mp_conv2d.cu"
+#include "cuda/mp_conv2d_tiles.cu"
+
+namespace {
+
+using namespace edm2;
+
+ConvShape shape_of(const int64_t* sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
+}
+
+ConvPlan plan_of(int64_t tile, int64_t splits) { return {static_cast<int>(tile), static_cast<int>(splits)}; }
+
+}  // namespace
+
+extern "C" {
+
+int mp_conv2d(const void* x, const void* w, void* y, const int64_t* sizes, int dtype, int64_t tile, int64_t splits,
+              float* workspace, int64_t epilogue, void* out, const float* gain, const void* c, const void* skip,
+              double weight_skip, double weight_y, double clip) {
+  return cuda::launch_mp_conv2d({x, w, y, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace,
+                                 static_cast<ConvEpilogue>(epilogue), out, gain, c, skip, weight_skip, weight_y, clip},
+                                nullptr);
+}
+
+int mp_conv2d_backward_input(const void* grad_y, const void* w, void* grad_x, const int64_t* sizes, int dtype,
+                             int64_t tile, int64_t splits, float* workspace) {
+  return cuda::launch_mp_conv2d_backward_input(
+      {grad_y, w, grad_x, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace}, nullptr);
+}
+
+int mp_conv2d_backward_weight(const void* grad_y, const void* x, float* grad_w, const int64_t* sizes, int dtype,
+                              int64_t tile, int64_t splits, float* workspace) {
+  return cuda::launch_mp_conv2d_backward_weight(
+      {grad_y, x, grad_w, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace}, nullptr);
+}
+
+/// The plan for a GPU with so many multiprocessors, as 1000 * tile + splits.
+int64_t planned(int64_t direction, const int64_t* sizes, int64_t multiprocessors) {
+  const ConvPlan plan =
+      plan_conv(static_cast<ConvDirection>(direction), shape_of(sizes), static_cast<int>(multiprocessors));
+  return 1000 * plan.tile + plan.splits;
+}
+
+int64_t tile_count() { return kConvTileCount; }
+
+/// Rows (which: 0), columns (1), threads (2), shared memory in bytes (3) of a tile.
+int64_t tile_size(int64_t tile, int64_t which) {
+  const ConvTile& of = kConvTiles[tile];
+  const int sizes[] = {of.rows, of.columns, of.threads(), conv_shared_bytes(of)};
+  return sizes[which];
+}
+
+int64_t divided(int64_t number, int64_t divisor) {
+  return divide(static_cast<int>(number), fast_divisor(static_cast<uint32_t>(divisor)));
+}
+
+int64_t taps_of(const int64_t* sizes, int64_t pixel) {
+  return taps_inside(cuda::sizes_of(shape_of(sizes)), static_cast<int>(pixel));
+}
+
+int64_t pack_address(int64_t row, int64_t pack, int64_t packs) {
+  return swizzled(static_cast<int>(row), static_cast<int>(pack), static_cast<int>(packs));
+}
+
+int64_t bank_conflicts() { return emulation::bank_counts.conflicts; }
+int64_t bank_reads() { return emulation::bank_counts.reads; }
+}

@@ -1,0 +1,126 @@
+"""The convolution kernels on a GPU: every tile and direction, exactly and against float64; what follows; graphs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import edm2ext
+from edm2ext import ops, reference
+from edm2ext.nn import MPConv
+
+pytestmark = pytest.mark.gpu
+if not (edm2ext.build_info()["cuda"] and torch.cuda.is_available()):
+    pytest.skip(f"no GPU to test on: {edm2ext.build_info()['cuda_reason']}", allow_module_level=True)
+if not torch._C._dispatch_has_kernel_for_dispatch_key("edm2::mp_conv2d", "CUDA"):
+    pytest.skip("built without EDM2EXT_CONV", allow_module_level=True)
+
+NATIVE = torch.ops.edm2
+TILES = range(4)
+# Batch, channels in and out, height, width, filter size.
+SHAPES = [
+    (2, 192, 192, 64, 64, 3),
+    (8, 768, 768, 8, 8, 3),
+    (3, 40, 328, 17, 9, 3),
+    (2, 384, 1152, 16, 16, 1),
+    (1, 8, 8, 1, 1, 3),
+    (5, 72, 24, 13, 31, 5),
+]
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    with edm2ext.set_backend("native"):
+        yield
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype, whole: bool = False) -> list[Tensor]:
+    """x, w and a gradient of y, channels_last; of whole numbers, small enough for exact sums."""
+    n, c, k, h, w, r = shape
+
+    def make(*sizes: int) -> Tensor:
+        values = torch.randint(-1, 2, sizes, device="cuda") if whole else torch.randn(sizes, device="cuda")
+        return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    return [make(n, c, h, w), make(k, c, r, r), make(n, k, h, w)]
+
+
+def run(x: Tensor, w: Tensor, g: Tensor, plan: list[int]) -> list[Tensor]:
+    """y and the gradients of x and w."""
+    r = w.shape[2]
+    return [
+        NATIVE.mp_conv2d(x, w, None, plan),
+        NATIVE.mp_conv2d_backward_input(g, w, plan),
+        NATIVE.mp_conv2d_backward_weight(g, x, r, r, plan),
+    ]
+
+
+def plain(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
+    """The same by torch, in the operands' dtype."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = F.conv2d(x, w, padding=w.shape[2] // 2)
+    y.backward(g)
+    return [y.detach(), x.grad, w.grad]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_numbers_exactly(shape: tuple[int, ...], tile: int):
+    inputs = operands(shape, torch.float16, whole=True)
+    expected = plain(*(t.double() for t in inputs))
+    steps = -(-shape[0] * shape[3] * shape[4] // 32)
+    for splits in {1, min(3, steps)}:
+        for got, truth in zip(run(*inputs, [tile, splits]), expected, strict=True):
+            exact = truth.abs() <= (2**24 if got.dtype == torch.float32 else 2048)  # beyond, float16 rounds
+            assert torch.equal(got[exact].double(), truth[exact])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_torch(shape: tuple[int, ...], dtype: torch.dtype):
+    inputs = operands(shape, dtype)
+    exact = plain(*(t.double() for t in inputs))
+    for got, low, truth in zip(run(*inputs, []), plain(*inputs), exact, strict=True):
+        unit = torch.finfo(got.dtype).eps * truth.abs().max()
+        assert (got.double() - truth).abs().max() <= 2 * (low.double() - truth).abs().max() + unit
+
+
+def test_same_bits_every_time():
+    inputs = operands(SHAPES[1], torch.float16)
+    first = run(*inputs, [])
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(*inputs, []), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_follows(dtype: torch.dtype):
+    x, w, skip = operands(SHAPES[0], dtype)
+    w *= (w.numel() / w.shape[0]) ** -0.5
+    c = torch.randn(2, 192, device="cuda").to(dtype)
+    y = ops.mp_conv2d(x, w, prepared=True)
+    silu = ops.mp_conv2d(x, w, prepared=True, then=ops.ModulatedSiLU(c))
+    summed = ops.mp_conv2d(x, w, prepared=True, then=ops.SumWith(skip, 0.3, 1.5))
+    assert torch.equal(silu, ops.mp_silu_modulated(y, c))
+    assert torch.equal(summed, ops.mp_sum(skip, y, 0.3, 1.5))
+
+
+def test_layer_in_a_graph():
+    layer = MPConv(64, 128, 3).cuda()
+    x = torch.randn(4, 64, 16, 16, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer(x).float().sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    eager = layer(x)
+    expected = reference.mp_conv2d(x.double(), layer.weight.double())
+    torch.testing.assert_close(eager.double(), expected, rtol=1e-2, atol=1e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = layer(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, eager)

@@ -1,0 +1,51 @@
+"""The list of convolutions and the model of their time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from benchmarks import conv, conv_problems
+from benchmarks.conv_problems import GPUS, Problem, predict, problems_of
+from edm2ext.nn import MPConv
+from python_train.config import make_options
+from python_train.network import Precond
+
+
+def test_every_convolution_of_the_network_is_in_the_list():
+    found = problems_of("img512-s")
+    with torch.device("meta"):
+        net: nn.Module = Precond(**make_options("img512-s").network_config(64, 4, 1000))
+    assert sum(found.values()) == sum(isinstance(module, MPConv) for module in net.modules())
+    assert found[Problem(64, 64, 192, 192, 3)] == 10
+    assert not Problem(64, 64, 5, 192, 3).served
+    # Karras et al., table 2: 102 billion products an image for EDM2-S, attention's included.
+    products = sum(count * problem.products(1) for problem, count in found.items())
+    assert 0.97 * 102e9 < products < 102e9
+
+
+@pytest.mark.parametrize("direction", range(3))
+def test_predictions_keep_the_bound(direction: int):
+    for problem in problems_of("img512-l"):
+        if problem.served:
+            made = predict(problem, 32, direction, GPUS["H200"])
+            assert made.time > made.bound
+            assert made.plan.blocks * made.plan.rows * made.plan.columns * made.plan.steps * 32 >= problem.products(32)
+
+
+def test_command_line(tmp_path: Path):
+    file = tmp_path / "conv.csv"
+    arguments = ["--preset", "img512-xs", "--batch", "8", "--gpu", "A100", "--csv", str(file)]
+    result = CliRunner().invoke(conv_problems.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "| img512-xs | 8 | 39 | 123 |" in result.output
+    assert len(file.read_text().splitlines()) == 1 + 3 * 39
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_the_benchmark_asks_for_a_gpu():
+    result = CliRunner().invoke(conv.main, [])
+    assert result.exit_code == 1
+    assert "needs a GPU" in result.output
