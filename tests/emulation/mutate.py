@@ -1,7 +1,7 @@
 """Mutation testing of the CUDA kernels: faults are seeded in a copy of the sources, one at a time, and the emulated
 tests of some kernel family that the fault reaches must notice.
 
-python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--json FILE]
+python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--kept FILE]
 
 Every barrier is removed. Other faults (bounds, strides, widths of reductions, indices, operators, constants, rounding,
 conditions, dropped statements) are made wherever the source offers one, and a sample of them, the same in every run,
@@ -17,6 +17,7 @@ import difflib
 import fnmatch
 import functools
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ import re
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ from typing import Any, NamedTuple, NoReturn
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDERS = ("cuda", "include", "torch")  # of csrc, that the emulation compiles
+LAUNCH = "csrc/cuda/launch.h"
 PATIENCE = 10  # a test that takes so many times as long as the slowest without a fault loops for ever
 
 # Name of the file, pattern that occurs in "line before => line after", why no test can notice.
@@ -215,10 +218,12 @@ def _included(source: Path, root: Path) -> set[Path]:
 
 @dataclasses.dataclass
 class Verdict:
-    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where."""
+    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where;
+    `seconds` of processor time it took."""
 
     outcome: str
     by: str = ""
+    seconds: float = 0.0
 
 
 def in_child(function: Callable[[], object], log: Path) -> tuple[int, str]:
@@ -274,25 +279,69 @@ class _Plugin:
             self.failed = report.nodeid.split("/")[-1]  # type: ignore[attr-defined]
 
 
-def _emulated(root: Path, build: Path) -> object:
+def _emulated(root: Path, build: Path) -> Any:
     """The module that compiles and loads kernels, set to a copy of the sources and to a folder for what it builds."""
     os.environ.update(EDM2EXT_EMULATED_SOURCES=str(root), EDM2EXT_EMULATION_BUILD=str(build))
     sys.path.insert(0, str(HERE))
     import emulated
 
     flags = [flag for flag in emulated._FLAGS if not flag.startswith(("-W", "-g"))]
-    emulated._FLAGS[:] = [*flags, "-w", "-g0", f"-ffile-prefix-map={root}=."]
+    emulated._FLAGS[:] = [*flags, "-w", "-g0", f"-ffile-prefix-map={root}=.", "-include", str(_prelude(root))]
     return emulated
+
+
+def _prelude(root: Path) -> Path:
+    """Of a copy of the sources: includes the headers that no fault is seeded in; all copies have it compiled."""
+    return root.parents[1] / "prelude.h"
+
+
+def precompile(root: Path, build: Path) -> None:
+    """Makes the prelude: the headers of C++ and of the emulated toolkit that the kernels include."""
+    texts = [file.read_text() for file in (root / "csrc" / "cuda").iterdir()]
+    names = sorted({name for text in texts for name in re.findall(r"^#include (<.*>)$", text, re.MULTILINE)})
+    prelude = _prelude(root)
+    prelude.write_text("".join(f"#include {name}\n" for name in names))
+    emulated = _emulated(root, build)
+    flags = [*emulated._FLAGS[:-2], *emulated._ALIGNMENT, f"-I{HERE / 'include'}"]
+    subprocess.run(["g++", *flags, "-x", "c++-header", str(prelude), "-o", f"{prelude}.gch"], check=True)
+
+
+_NOT_COMPILED = 999
+_HALVES = re.compile(r"(case DType::kFloat16:\n)(.*)(case DType::kBFloat16:\n)(.*)(?=default:)", re.DOTALL)
+
+
+def for_float32(launch: str) -> str:
+    """launch.h, so that families that take their kernels from dispatch_storage compile those for float32 alone."""
+    changed, count = _HALVES.subn(rf"\1\3 return static_cast<cudaError_t>({_NOT_COMPILED});\n", launch)
+    assert count == 1
+    return changed
+
+
+def _skip_what_is_not_compiled(emulated: Any) -> None:
+    """Ends a test where it needs another dtype than for_float32 left."""
+    import pytest
+
+    call = emulated.Library.call
+
+    def call_or_skip(library: object, function: str, *arguments: object) -> None:
+        try:
+            call(library, function, *arguments)
+        except emulated.KernelFault as fault:
+            if f" error {_NOT_COMPILED}:" in str(fault):
+                pytest.skip("for float32 alone")
+            raise
+
+    emulated.Library.call = call_or_skip
 
 
 def compile_family(family: str, root: Path, build: Path) -> bytes:
     """The object code of a family."""
-    return _emulated(root, build)._object(family, root).read_bytes()  # type: ignore[attr-defined]
+    return _emulated(root, build)._object(family, root).read_bytes()
 
 
 def run_tests(family: str, root: Path, build: Path, first: Sequence[str], seconds: float) -> str:
     """The test that failed, or an empty string; and the processor time of the slowest. Each has so many seconds."""
-    _emulated(root, build)
+    _skip_what_is_not_compiled(_emulated(root, build))
     import pytest
 
     plugin = _Plugin(first, seconds)
@@ -319,6 +368,12 @@ class Tree:
         self.build.mkdir(parents=True)
         copy_sources(ROOT, self.root)
 
+    def write(self, file: str, text: str, only_float32: bool) -> None:
+        """Changes a file of the copy, and whether there are kernels for other dtypes than float32."""
+        for name in {file, LAUNCH}:
+            now = text if name == file else (ROOT / name).read_text()
+            (self.root / name).write_text(for_float32(now) if name == LAUNCH and only_float32 else now)
+
     def objects(self, family: str) -> "tuple[int, str, bytes]":
         file = self.build / "object"
         status, answer = in_child(lambda: file.write_bytes(compile_family(family, self.root, self.build)), self.log)
@@ -343,50 +398,76 @@ class Tree:
 
 
 class Original(NamedTuple):
-    """A family without a fault: its object code, and the time limit for its tests."""
+    """A family without a fault: its object code, by whether it is for float32 alone, and the time limit for its tests.
 
-    code: bytes
+    Most faults are noticed in float32, and kernels for it alone compile several times as fast: they are tried first.
+    """
+
+    codes: dict[bool, bytes]
     seconds: float
+
+
+def stages(family: str) -> list[bool]:
+    """Whether to compile for float32 alone: first so, then not, where that makes a difference."""
+    names = families(ROOT)[family] - {LAUNCH}
+    return [True, False] if any("dispatch_storage(" in (ROOT / name).read_text() for name in names) else [False]
 
 
 def original(family: str, tree: Tree) -> Original:
     """Raises RuntimeError unless the family passes its tests."""
-    status, answer, code = tree.objects(family)
-    if status != 0:
-        raise RuntimeError(f"{family} does not compile: {answer}")
-    verdict, slowest = tree.test(family, [], 600)
-    tree.clean()
-    if verdict.outcome == "killed":
-        raise RuntimeError(f"{family}: its tests fail without a fault: {verdict.by}")
-    return Original(code, 1 + PATIENCE * slowest)
+    codes = {}
+    slowest = 0.0
+    for only_float32 in stages(family):
+        tree.write(LAUNCH, (ROOT / LAUNCH).read_text(), only_float32)
+        status, answer, codes[only_float32] = tree.objects(family)
+        if status != 0:
+            raise RuntimeError(f"{family} does not compile: {answer}")
+        verdict, slowest = tree.test(family, [], 600)
+        tree.clean()
+        if verdict.outcome == "killed":
+            raise RuntimeError(f"{family}: its tests fail without a fault: {verdict.by}")
+    return Original(codes, 1 + PATIENCE * slowest)
 
 
 def judge(
     mutant: Mutant, tree: Tree, reached: Sequence[str], originals: dict[str, Original], first: Sequence[str]
 ) -> Verdict:
-    """Tries a mutant on the families it reaches, until one notices."""
-    target = tree.root / mutant.file
-    text = target.read_text()
-    target.write_text(mutant.apply(text))
+    """Tries a mutant on the families it reaches until one notices, its own first, then those that last found faults."""
+    started = sum(os.times()[:4])
+    order = {name.split("::")[0]: i for i, name in reversed(list(enumerate(first)))}
+    places = {family: order.get(f"test_emulated_{family}.py", len(order)) for family in reached}
+    text = mutant.apply((ROOT / mutant.file).read_text())
+    verdict = Verdict("same")
     try:
-        verdict = Verdict("same")
-        for family in reached:
-            status, answer, code = tree.objects(family)
-            if status != 0 and "CalledProcessError" not in answer:
-                raise RuntimeError(f"{family}: {answer}")
-            if status != 0:
-                return Verdict("stillborn")
-            if code != originals[family].code:
-                verdict, _ = tree.test(family, first, originals[family].seconds)
-                if verdict.outcome == "killed":
-                    return verdict
-        return verdict
+        for family in sorted(reached, key=lambda name: (name != Path(mutant.file).stem, places[name])):
+            for only_float32, code in originals[family].codes.items():
+                tree.write(mutant.file, text, only_float32)
+                now = _judge_build(family, tree, code, first, originals[family].seconds)
+                verdict = verdict if now.outcome == "same" else now
+                if verdict.outcome in ("killed", "stillborn"):
+                    break
+            if verdict.outcome in ("killed", "stillborn"):
+                break
+        return dataclasses.replace(verdict, seconds=sum(os.times()[:4]) - started)
     finally:
-        target.write_text(text)
+        tree.write(mutant.file, (ROOT / mutant.file).read_text(), False)
+
+
+def _judge_build(family: str, tree: Tree, original_code: bytes, first: Sequence[str], seconds: float) -> Verdict:
+    try:
+        status, answer, code = tree.objects(family)
+        if status != 0 and "CalledProcessError" not in answer:
+            raise RuntimeError(f"{family}: {answer}")
+        if status != 0:
+            return Verdict("stillborn")
+        return Verdict("same") if code == original_code else tree.test(family, first, seconds)[0]
+    finally:
         tree.clean()
 
 
-def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], quick: bool = False) -> list[Verdict]:
+def run(
+    chosen: Sequence[Mutant], jobs: int, done: Callable[[Mutant, Verdict], None], quick: bool = False
+) -> list[Verdict]:
     """The verdict on every mutant. Unless `quick`, the original must first pass the tests of all families concerned."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -394,15 +475,17 @@ def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], qu
         importlib.import_module(module)
     made_of = families(ROOT)
     reached = {
-        file: sorted((family for family in made_of if file in made_of[family]), key=lambda f: f != Path(file).stem)
-        for file in {mutant.file for mutant in chosen}
+        file: [family for family in made_of if file in made_of[family]] for file in {mutant.file for mutant in chosen}
     }
     concerned = sorted({family for names in reached.values() for family in names})
     verdicts: dict[int, Verdict] = {}
     killers: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edm2-mutants-") as folder:
         trees = [Tree(Path(folder) / str(i)) for i in range(jobs)]
-        originals = dict.fromkeys(concerned, Original(b"", 60))
+        status, answer = in_child(lambda: precompile(trees[0].root, trees[0].build), trees[0].log)
+        if status != 0:
+            raise RuntimeError(answer)
+        originals = {family: Original(dict.fromkeys(stages(family), b""), 60) for family in concerned}
         if not quick:
             for i, result in _in_parallel([functools.partial(original, family) for family in concerned], trees):
                 originals[concerned[i]] = result
@@ -413,11 +496,8 @@ def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], qu
         for i, verdict in _in_parallel(tasks, trees):
             verdicts[i] = verdict
             if "::" in verdict.by:
-                killers[:] = [verdict.by, *(name for name in killers if name != verdict.by)][:50]
-            line = (
-                f"{len(verdicts)}/{len(chosen)} {chosen[i].file} {chosen[i].operator}: {verdict.outcome} {verdict.by}"
-            )
-            progress(line.strip())
+                killers[:] = [verdict.by, *(name for name in killers if name != verdict.by)]
+            done(chosen[i], verdict)
     return [verdicts[i] for i in range(len(chosen))]
 
 
@@ -483,13 +563,28 @@ def sources(root: Path = ROOT) -> dict[str, str]:
     return {name: (root / name).read_text() for name in sorted(files - skipped) if name.startswith("csrc/")}
 
 
-def mutate(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], quick: bool = False) -> list[Result]:
+def mutate(chosen: Sequence[Mutant], jobs: int, quick: bool = False, kept: "Path | None" = None) -> list[Result]:
+    """What became of every mutant. Each verdict is added to the file `kept`; those that are there are taken from it."""
     texts = sources()
-    verdicts = run(chosen, jobs, progress, quick)
-    return [
-        Result(m, v, m.diff(texts[m.file]), why_unnoticeable(m, texts[m.file]))
-        for m, v in zip(chosen, verdicts, strict=True)
-    ]
+    lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
+    entries = [json.loads(line) for line in lines]
+    verdicts = {Mutant(**entry["mutant"]): Verdict(**entry["verdict"]) for entry in entries}
+    left = [mutant for mutant in chosen if mutant not in verdicts]
+
+    def done(mutant: Mutant, verdict: Verdict) -> None:
+        verdicts[mutant] = verdict
+        tried.append(mutant)
+        number = f"{len(chosen) - len(left) + len(tried)}/{len(chosen)}"
+        print(number, mutant.file, mutant.operator, verdict.outcome, verdict.by, flush=True)
+        if kept is not None:
+            entry = {key: dataclasses.asdict(value) for key, value in (("mutant", mutant), ("verdict", verdict))}
+            with kept.open("a") as file:
+                file.write(json.dumps({**entry, "change": mutant.change(texts[mutant.file])}) + "\n")
+
+    tried: list[Mutant] = []
+    if left:
+        run(left, jobs, done, quick)
+    return [Result(m, verdicts[m], m.diff(texts[m.file]), why_unnoticeable(m, texts[m.file])) for m in chosen]
 
 
 def report(results: Sequence[Result]) -> Iterator[str]:
@@ -528,17 +623,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="do not test the original first")
     parser.add_argument("--at-least", type=float, default=0.95, help="share of the faults to be noticed")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write every verdict here")
+    parser.add_argument("--kept", type=Path, help="add every verdict to this file, and take from it those it has")
     options = parser.parse_args()
     texts = {name: text for name, text in sources().items() if options.only in name}
-    chosen = [m for name, text in texts.items() for m in sample(name, text, options.per_file, options.operators)]
-    started = time.monotonic()
-    results = mutate(chosen, options.jobs, lambda line: print(line, flush=True), options.quick)
+    samples = [sample(name, text, options.per_file, options.operators) for name, text in texts.items()]
+    # All files take turns: what an interrupted run has tried is a smaller sample of everything.
+    chosen = [m for turn in itertools.zip_longest(*samples) for m in turn if m is not None]
+    chosen.sort(key=lambda mutant: mutant.operator != "barrier")
+    results = mutate(chosen, options.jobs, options.quick, options.kept)
     print("\n".join(report(results)))
-    seconds = time.monotonic() - started
-    print(f"\n{100 * score(results):.1f} % of the faults noticed, {len(results)} tried in {seconds:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
+    seconds = sum(result.verdict.seconds for result in results)
+    print(f"\n{100 * score(results):.1f} % of the faults noticed; {len(results)} tried in {seconds:.0f} s of one core")
     return 0 if passes(results, options.at_least) else 1
 
 

@@ -1,6 +1,7 @@
 """MP-SiLU, modulated or not, with or without dropout, and backwards: CUDA kernels against the float64 reference."""
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -123,12 +124,16 @@ DROPOUT = Dropout(torch.tensor([0x123456789ABCDEF, -0x7EDCBA9876543211]), 40_000
 
 
 def modulated(
-    library: Library, x: Tensor, c: Tensor, channels_last: bool, offset: int = 0, dropout: Dropout = NO_DROPOUT
+    library: Library,
+    x: Tensor,
+    c: Tensor,
+    channels_last: bool,
+    offsets: Sequence[int] = (0, 0, 0),
+    dropout: Dropout = NO_DROPOUT,
 ) -> list[Tensor]:
-    """mp_silu(x * c) of x [N, C, P] and c [N, C], and dropout."""
-    source = Guarded(emulated.to_memory(x, channels_last), x.dtype, offset)
-    scale = Guarded(c, x.dtype, offset)
-    y = Guarded(x.numel(), x.dtype, offset)
+    """mp_silu(x * c) of x [N, C, P] and c [N, C], and dropout; offsets of x, c and the result."""
+    values = emulated.to_memory(x, channels_last), c, x.numel()
+    source, scale, y = (Guarded(t, x.dtype, offset) for t, offset in zip(values, offsets, strict=True))
     library.call("mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *x.shape, channels_last, x.dtype, *dropout)
     y.check_margins()
     return [emulated.from_memory(y.tensor, x.shape, channels_last)]
@@ -140,18 +145,17 @@ def modulated_backward(
     x: Tensor,
     c: Tensor,
     channels_last: bool,
-    offset: int = 0,
+    offsets: Sequence[int] = (0, 0, 0, 0, 0),
     dropout: Dropout = NO_DROPOUT,
 ) -> list[Tensor]:
-    """The gradients of x and c."""
+    """The gradients of x and c; offsets of the incoming gradient, x, c and the two results."""
     dtype = x.dtype
-    inputs = [Guarded(emulated.to_memory(t, channels_last), dtype, offset) for t in (grad, x)] + [
-        Guarded(c, dtype, offset)
-    ]
-    grad_x, grad_c = Guarded(x.numel(), dtype, offset), Guarded(c.numel(), dtype, offset)
+    values = *(emulated.to_memory(t, channels_last) for t in (grad, x)), c, x.numel(), c.numel()
+    guarded = [Guarded(t, dtype, offset) for t, offset in zip(values, offsets, strict=True)]
+    grad_x, grad_c = guarded[3:]
     floats = library.int64("mp_silu_modulated_backward_workspace", *x.shape, channels_last)
     workspace = Guarded(floats, torch.float32)
-    tensors = [t.tensor for t in (*inputs, grad_x, grad_c, workspace)]
+    tensors = [t.tensor for t in (*guarded, workspace)]
     library.call("mp_silu_modulated_backward", *tensors, *x.shape, channels_last, dtype, *dropout)
     for output in (grad_x, grad_c, workspace):
         output.check_margins()
@@ -174,9 +178,10 @@ def check_modulated(library: Library, case: Case, dtype: torch.dtype, dropout: D
     exact = plain_modulated(x.double(), c.double(), grad.double(), dropout)
     rounded = plain_modulated(x, c, grad, dropout)
     for layout in case.layouts:
-        arguments = (c, layout == "nhwc", case.offset, dropout)
-        outputs = emulated.under_all_schedules(library, partial(modulated, library, x, *arguments))
-        outputs += emulated.under_all_schedules(library, partial(modulated_backward, library, grad, x, *arguments))
+        arguments = (library, x, c, layout == "nhwc", [case.offset] * 3, dropout)
+        outputs = emulated.under_all_schedules(library, partial(modulated, *arguments))
+        arguments = (library, grad, x, c, layout == "nhwc", [case.offset] * 5, dropout)
+        outputs += emulated.under_all_schedules(library, partial(modulated_backward, *arguments))
         for name, out, low, high in zip(("y", "grad_x", "grad_c"), outputs, rounded, exact, strict=True):
             emulated.assert_as_accurate(out, low, high, f"{name}, {case} {dtype} {layout}")
 
@@ -202,25 +207,24 @@ def test_dropout_matches_reference(library: Library, case: Case, dtype: torch.dt
 def test_the_mask_is_that_of_the_reference(library: Library, threshold: int, dtype: torch.dtype, channels_last: bool):
     dropout = Dropout(torch.tensor([-1, 1 << 40]), 65535, threshold)
     x = torch.ones(2, 24, 700, dtype=dtype)
-    (y,) = modulated(library, x, torch.ones(2, 24, dtype=dtype), channels_last, 0, dropout)
+    (y,) = modulated(library, x, torch.ones(2, 24, dtype=dtype), channels_last, dropout=dropout)
     assert torch.equal(y != 0, reference.dropout_mask(x.shape, threshold, dropout.philox, 65535))
 
 
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
-@pytest.mark.parametrize("misaligned", range(3), ids=["x", "c", "y"])
+@pytest.mark.parametrize("misaligned", range(5), ids=["grad_y", "x", "c", "y or grad_x", "grad_c"])
 def test_one_misaligned_tensor(library: Library, misaligned: int, dtype: torch.dtype):
     """Packs need every tensor aligned, in the layout whose channels would allow them."""
-    shape = (2, 24, 16)
-    x, c = emulated.random_tensor(*shape, dtype=dtype), emulated.random_tensor(2, 24, dtype=dtype, seed=1)
-    rounded, exact = reference.mp_silu_modulated(x, c), reference.mp_silu_modulated(x.double(), c.double())
+    x, c = emulated.random_tensor(2, 24, 16, dtype=dtype), emulated.random_tensor(2, 24, dtype=dtype, seed=1)
+    grad = emulated.random_tensor(2, 24, 16, dtype=dtype, seed=2)
+    rounded = plain_modulated(x, c, grad, NO_DROPOUT)
+    exact = plain_modulated(x.double(), c.double(), grad.double(), NO_DROPOUT)
+    offsets = [int(i == misaligned) for i in range(5)]
     for channels_last in (False, True):
-        offsets = [int(i == misaligned) for i in range(3)]
-        tensors = [emulated.to_memory(x, channels_last), c, x.numel()]
-        source, scale, y = (Guarded(t, dtype, offset) for t, offset in zip(tensors, offsets, strict=True))
-        library.call(
-            "mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *shape, channels_last, x.dtype, *NO_DROPOUT
-        )
-        emulated.assert_as_accurate(emulated.from_memory(y.tensor, shape, channels_last), rounded, exact, "y")
+        outputs = modulated(library, x, c, channels_last, offsets[1:4])
+        outputs += modulated_backward(library, grad, x, c, channels_last, offsets)
+        for name, out, low, high in zip(("y", "grad_x", "grad_c"), outputs, rounded, exact, strict=True):
+            emulated.assert_as_accurate(out, low, high, name)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
