@@ -1,5 +1,6 @@
 """Builds the CUDA kernels with g++ against the emulator, and calls them on CPU tensors."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,7 +8,7 @@ import itertools
 import math
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,6 +117,7 @@ class Library:
         self, function: str, *arguments: "Tensor | int | bool | float | torch.dtype | ctypes.Array | None"
     ) -> None:
         """Calls a launcher, which gets integers as int64; raises KernelFault unless it returns cudaSuccess."""
+        Guarded.made = 0
         error = getattr(self._library, function)(*map(_argument, arguments))
         if error != 0:
             message = self._library.emulation_message().decode()
@@ -161,7 +163,12 @@ _MARGIN = 0 if SANITIZED else 64
 class Guarded:
     """A flat tensor between margins, `offset` elements past a 16-byte boundary; as many NaNs or a copy of `values`."""
 
+    made = 0  # since the last launch
+    further = -1  # the number of the tensor that misaligned() places further
+
     def __init__(self, values: "Tensor | int", dtype: torch.dtype, offset: int = 0) -> None:
+        offset += Guarded.made == Guarded.further
+        Guarded.made += 1
         numel = values if isinstance(values, int) else values.numel()
         self._start = _MARGIN + offset
         self._whole = torch.full((self._start + numel + _MARGIN,), math.nan, dtype=dtype)
@@ -174,6 +181,16 @@ class Guarded:
         end = self._start + self.tensor.numel()
         assert self._whole[: self._start].isnan().all(), "written before the start"
         assert self._whole[end:].isnan().all(), "written past the end"
+
+
+@contextlib.contextmanager
+def misaligned(number: int) -> Iterator[None]:
+    """Places one of the tensors that are guarded for each launch, the first being number 0, one element further."""
+    Guarded.made, Guarded.further = 0, number
+    try:
+        yield
+    finally:
+        Guarded.further = -1
 
 
 def to_memory(x: Tensor, channels_last: bool) -> Tensor:

@@ -3,10 +3,11 @@ tests of some kernel family that the fault reaches must notice.
 
 python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--kept FILE]
 
-Every barrier is removed. Other faults (bounds, strides, widths of reductions, indices, operators, constants, rounding,
-conditions, dropped statements) are made wherever the source offers one, and a sample of them, the same in every run,
-is tried for each file. A fault whose object code is that of the original is no fault. Those that no test can notice are
-in UNNOTICEABLE, with the reason. Exits with 1 if a barrier or more than 5 % of the others survive.
+Every barrier is removed, and every fault of faults.py made. Other faults (bounds, strides, widths of reductions,
+indices, operators, constants, rounding, conditions, dropped statements) are made wherever the source offers one, and a
+sample of them, the same in every run, is tried for each file. A fault whose object code is that of the original is no
+fault. Those that no test can notice are in UNNOTICEABLE, with the reason. Exits with 1 unless every barrier, every
+planted fault and 95 % of the others are noticed.
 
 Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops).
 """
@@ -34,6 +35,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from faults import FAULTS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -140,10 +143,18 @@ _NO_CODE = re.compile(
 )
 
 
+ALWAYS = ("barrier", "planted")  # operators of which every fault is tried
+OPERATORS = (*ALWAYS, *dict.fromkeys([*_SWAPS, *(operator for operator, _, _ in _REWRITES)]))
+
+
 def mutants(file: str, text: str) -> Iterator[Mutant]:
-    """Every fault that can be seeded in the text, barriers first."""
+    """Every fault that can be seeded in the text: barriers left out, those of faults.py, then the other operators'."""
     for match in re.finditer(_BARRIER, _without(re.compile(r"//[^\n]*"), text)):
         yield Mutant(file, "barrier", match.start(), match.end(), ";")
+    for name, old, new in FAULTS:  # wherever the text occurs, at once
+        if file == f"csrc/cuda/{name}" and old in text:
+            start, end = text.find(old), text.rfind(old) + len(old)
+            yield Mutant(file, "planted", start, end, text[start:end].replace(old, new))
     code = _without(_NO_CODE, text)
     clamps = {i for match in re.finditer(_CLAMP, code) for i in range(*match.span())}
     for operator, swaps in _SWAPS.items():
@@ -167,11 +178,11 @@ def _without(pattern: "re.Pattern[str]", text: str) -> str:
 
 
 def sample(file: str, text: str, count: int, operators: Sequence[str] | None = None) -> list[Mutant]:
-    """All barriers and `count` other mutants of a file (0: all), taking turns among the operators (None: all)."""
+    """All barriers and planted faults of a file and `count` others (0: all), the operators (None: all) taking turns."""
     every = [m for m in mutants(file, text) if operators is None or m.operator in operators]
-    chosen = [mutant for mutant in every if mutant.operator == "barrier"]
+    chosen = [mutant for mutant in every if mutant.operator in ALWAYS]
     by_operator: dict[str, list[Mutant]] = {}
-    for mutant in (m for m in every if m.operator != "barrier"):
+    for mutant in (m for m in every if m.operator not in ALWAYS):
         by_operator.setdefault(mutant.operator, []).append(mutant)
     shuffle = random.Random(zlib.crc32(file.encode())).shuffle
     for group in by_operator.values():
@@ -589,15 +600,15 @@ def mutate(chosen: Sequence[Mutant], jobs: int, quick: bool = False, kept: "Path
 
 def report(results: Sequence[Result]) -> Iterator[str]:
     """A table by file, and the diff of every survivor."""
-    yield "| file | barriers killed | others killed | excused | no other code | does not compile |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    yield "| file | barriers killed | planted killed | others killed | excused | no other code | does not compile |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
     for name in [*sorted({r.mutant.file for r in results}), "total"]:
         here = [r for r in results if name in (r.mutant.file, "total")]
-        barriers = [r for r in here if r.counts and r.mutant.operator == "barrier"]
-        others = [r for r in here if r.counts and r.mutant.operator != "barrier"]
+        groups = [[r for r in here if r.counts and r.mutant.operator == operator] for operator in ALWAYS]
+        groups.append([r for r in here if r.counts and r.mutant.operator not in ALWAYS])
         counts = [sum(r.verdict.outcome == outcome for r in here) for outcome in ("same", "stillborn")]
         excused = sum(r.verdict.outcome == "survived" and not r.counts for r in here)
-        killed = [f"{sum(not r.survived for r in group)} of {len(group)}" for group in (barriers, others)]
+        killed = [f"{sum(not r.survived for r in group)} of {len(group)}" for group in groups]
         yield f"| {name} | {' | '.join(killed)} | {excused} | {counts[0]} | {counts[1]} |"
     for result in results:
         if result.verdict.outcome == "survived":
@@ -606,20 +617,22 @@ def report(results: Sequence[Result]) -> Iterator[str]:
 
 
 def score(results: Sequence[Result]) -> float:
-    """Share of the faults other than barriers that were noticed."""
-    others = [r for r in results if r.counts and r.mutant.operator != "barrier"]
+    """Share of the sampled faults that were noticed."""
+    others = [r for r in results if r.counts and r.mutant.operator not in ALWAYS]
     return 1 - sum(r.survived for r in others) / max(len(others), 1)
 
 
 def passes(results: Sequence[Result], at_least: float) -> bool:
-    return score(results) >= at_least and not any(r.survived for r in results if r.mutant.operator == "barrier")
+    return score(results) >= at_least and not any(r.survived for r in results if r.mutant.operator in ALWAYS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="files whose name contains this")
-    parser.add_argument("--operators", nargs="*", help="only these kinds, such as barrier")
-    parser.add_argument("--per-file", type=int, default=25, help="faults besides barriers (0: every one)")
+    parser.add_argument("--operators", nargs="*", choices=OPERATORS, help="only these kinds")
+    parser.add_argument(
+        "--per-file", type=int, default=25, help="faults besides barriers and planted ones (0: every one)"
+    )
     parser.add_argument("--quick", action="store_true", help="do not test the original first")
     parser.add_argument("--at-least", type=float, default=0.95, help="share of the faults to be noticed")
     parser.add_argument("--jobs", type=int, default=2)
@@ -629,7 +642,7 @@ def main() -> int:
     samples = [sample(name, text, options.per_file, options.operators) for name, text in texts.items()]
     # All files take turns: what an interrupted run has tried is a smaller sample of everything.
     chosen = [m for turn in itertools.zip_longest(*samples) for m in turn if m is not None]
-    chosen.sort(key=lambda mutant: mutant.operator != "barrier")
+    chosen.sort(key=lambda mutant: OPERATORS.index(mutant.operator) if mutant.operator in ALWAYS else len(ALWAYS))
     results = mutate(chosen, options.jobs, options.quick, options.kept)
     print("\n".join(report(results)))
     seconds = sum(result.verdict.seconds for result in results)

@@ -236,6 +236,13 @@ def test_profiles_and_loss_scale(library: Library, profiles: int):
     check(library, CASES[:11], effective=True, force=True, profiles=profiles, loss_scale=1024.0)
 
 
+@pytest.mark.parametrize("number", range(7))
+def test_one_misaligned_tensor(library: Library, number: int):
+    """Quads need the parameter, its gradient, moments, averages and the effective weight aligned."""
+    with emulated.misaligned(number):
+        check(library, [Case(9, 128)], effective=True, force=True)
+
+
 @pytest.mark.parametrize(
     ("count", "profiles", "launches"), [(1, 2, 2), (250, 0, 2), (251, 0, 4), (200, 2, 2), (201, 2, 4)]
 )

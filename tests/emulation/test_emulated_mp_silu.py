@@ -1,7 +1,6 @@
 """MP-SiLU, modulated or not, with or without dropout, and backwards: CUDA kernels against the float64 reference."""
 
 import itertools
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -124,16 +123,12 @@ DROPOUT = Dropout(torch.tensor([0x123456789ABCDEF, -0x7EDCBA9876543211]), 40_000
 
 
 def modulated(
-    library: Library,
-    x: Tensor,
-    c: Tensor,
-    channels_last: bool,
-    offsets: Sequence[int] = (0, 0, 0),
-    dropout: Dropout = NO_DROPOUT,
+    library: Library, x: Tensor, c: Tensor, channels_last: bool, offset: int = 0, dropout: Dropout = NO_DROPOUT
 ) -> list[Tensor]:
-    """mp_silu(x * c) of x [N, C, P] and c [N, C], and dropout; offsets of x, c and the result."""
-    values = emulated.to_memory(x, channels_last), c, x.numel()
-    source, scale, y = (Guarded(t, x.dtype, offset) for t, offset in zip(values, offsets, strict=True))
+    """mp_silu(x * c) of x [N, C, P] and c [N, C], and dropout."""
+    source = Guarded(emulated.to_memory(x, channels_last), x.dtype, offset)
+    scale = Guarded(c, x.dtype, offset)
+    y = Guarded(x.numel(), x.dtype, offset)
     library.call("mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *x.shape, channels_last, x.dtype, *dropout)
     y.check_margins()
     return [emulated.from_memory(y.tensor, x.shape, channels_last)]
@@ -145,17 +140,18 @@ def modulated_backward(
     x: Tensor,
     c: Tensor,
     channels_last: bool,
-    offsets: Sequence[int] = (0, 0, 0, 0, 0),
+    offset: int = 0,
     dropout: Dropout = NO_DROPOUT,
 ) -> list[Tensor]:
-    """The gradients of x and c; offsets of the incoming gradient, x, c and the two results."""
+    """The gradients of x and c."""
     dtype = x.dtype
-    values = *(emulated.to_memory(t, channels_last) for t in (grad, x)), c, x.numel(), c.numel()
-    guarded = [Guarded(t, dtype, offset) for t, offset in zip(values, offsets, strict=True)]
-    grad_x, grad_c = guarded[3:]
+    inputs = [Guarded(emulated.to_memory(t, channels_last), dtype, offset) for t in (grad, x)] + [
+        Guarded(c, dtype, offset)
+    ]
+    grad_x, grad_c = Guarded(x.numel(), dtype, offset), Guarded(c.numel(), dtype, offset)
     floats = library.int64("mp_silu_modulated_backward_workspace", *x.shape, channels_last)
     workspace = Guarded(floats, torch.float32)
-    tensors = [t.tensor for t in (*guarded, workspace)]
+    tensors = [t.tensor for t in (*inputs, grad_x, grad_c, workspace)]
     library.call("mp_silu_modulated_backward", *tensors, *x.shape, channels_last, dtype, *dropout)
     for output in (grad_x, grad_c, workspace):
         output.check_margins()
@@ -178,10 +174,9 @@ def check_modulated(library: Library, case: Case, dtype: torch.dtype, dropout: D
     exact = plain_modulated(x.double(), c.double(), grad.double(), dropout)
     rounded = plain_modulated(x, c, grad, dropout)
     for layout in case.layouts:
-        arguments = (library, x, c, layout == "nhwc", [case.offset] * 3, dropout)
-        outputs = emulated.under_all_schedules(library, partial(modulated, *arguments))
-        arguments = (library, grad, x, c, layout == "nhwc", [case.offset] * 5, dropout)
-        outputs += emulated.under_all_schedules(library, partial(modulated_backward, *arguments))
+        arguments = (c, layout == "nhwc", case.offset, dropout)
+        outputs = emulated.under_all_schedules(library, partial(modulated, library, x, *arguments))
+        outputs += emulated.under_all_schedules(library, partial(modulated_backward, library, grad, x, *arguments))
         for name, out, low, high in zip(("y", "grad_x", "grad_c"), outputs, rounded, exact, strict=True):
             emulated.assert_as_accurate(out, low, high, f"{name}, {case} {dtype} {layout}")
 
@@ -207,24 +202,16 @@ def test_dropout_matches_reference(library: Library, case: Case, dtype: torch.dt
 def test_the_mask_is_that_of_the_reference(library: Library, threshold: int, dtype: torch.dtype, channels_last: bool):
     dropout = Dropout(torch.tensor([-1, 1 << 40]), 65535, threshold)
     x = torch.ones(2, 24, 700, dtype=dtype)
-    (y,) = modulated(library, x, torch.ones(2, 24, dtype=dtype), channels_last, dropout=dropout)
+    (y,) = modulated(library, x, torch.ones(2, 24, dtype=dtype), channels_last, 0, dropout)
     assert torch.equal(y != 0, reference.dropout_mask(x.shape, threshold, dropout.philox, 65535))
 
 
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
-@pytest.mark.parametrize("misaligned", range(5), ids=["grad_y", "x", "c", "y or grad_x", "grad_c"])
-def test_one_misaligned_tensor(library: Library, misaligned: int, dtype: torch.dtype):
+@pytest.mark.parametrize("number", range(5))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
     """Packs need every tensor aligned, in the layout whose channels would allow them."""
-    x, c = emulated.random_tensor(2, 24, 16, dtype=dtype), emulated.random_tensor(2, 24, dtype=dtype, seed=1)
-    grad = emulated.random_tensor(2, 24, 16, dtype=dtype, seed=2)
-    rounded = plain_modulated(x, c, grad, NO_DROPOUT)
-    exact = plain_modulated(x.double(), c.double(), grad.double(), NO_DROPOUT)
-    offsets = [int(i == misaligned) for i in range(5)]
-    for channels_last in (False, True):
-        outputs = modulated(library, x, c, channels_last, offsets[1:4])
-        outputs += modulated_backward(library, grad, x, c, channels_last, offsets)
-        for name, out, low, high in zip(("y", "grad_x", "grad_c"), outputs, rounded, exact, strict=True):
-            emulated.assert_as_accurate(out, low, high, name)
+    with emulated.misaligned(number):
+        check_modulated(library, Case(2, 24, 16), dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

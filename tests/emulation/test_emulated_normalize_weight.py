@@ -216,6 +216,14 @@ def test_backward(library: Library, dtypes: tuple[torch.dtype, torch.dtype]):
     check_backward(library, CASES, *dtypes)
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_one_misaligned_tensor(library: Library, number: int):
+    """Quads need every tensor aligned."""
+    with emulated.misaligned(number):
+        check(library, [Case(9, 128)], F32, F16, force=True, want_out=True)
+        check_backward(library, [Case(9, 128)], F32, F16)
+
+
 @pytest.mark.parametrize(
     ("count", "launches", "backward_launches"),
     [(1, 1, 2), (2, 1, 2), (3, 1, 2), (450, 1, 2), (451, 1, 4), (580, 1, 4), (581, 2, 4)],
