@@ -109,6 +109,10 @@ class Library:
             _THREAD_ORDERS.index(threads), _BLOCK_ORDERS.index(blocks), ctypes.c_uint64(seed), multiprocessors
         )
 
+    def dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory that the last launch had."""
+        return self.int64("emulation_dynamic_shared")
+
     def launches(self) -> int:
         """Kernels launched so far."""
         return self._library.emulation_launches()

@@ -138,7 +138,7 @@ _REWRITES = [
 # What is no code that could go wrong, or has no meaning under emulation.
 _NO_CODE = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"|^#[^\n]*|\btemplate <[^\n]*|\b__launch_bounds__\([^\n]*|\bstatic_assert\([^;]*;"
-    r"|^[^\n]*\b(bytes|\w+_bytes|[Tt]raffic|tally|namespace|using)\b[^\n]*|\w+_sync\(|\boperator\W+",
+    r"|^[^\n]*\b(bytes|\w+_bytes|\w*[Tt]raffic|tally|namespace|using)\b[^\n]*|\w+_sync\(|\boperator\W+",
     re.MULTILINE | re.DOTALL,
 )
 

@@ -257,6 +257,29 @@ def test_table_limits(library: Library, count: int, profiles: int, launches: int
     compare(state, True, results, *(expected(state, dtype, True, True, dtype) for dtype in (F32, torch.float64)))
 
 
+@pytest.mark.parametrize("numbers", [(1 << 31, 4, 1, 1), (1, 1 << 31, 1, 1), (1 << 22, 1 << 22, 1, 0)], ids=str)
+def test_what_a_table_cannot_number_is_refused(library: Library, numbers: tuple[int, ...]):
+    """Rows, their size, and plain parameters, which are cut into rows of 4096."""
+    before = library.launches()
+    arrays = (pointers([None] * 10), pointers([None]), pointers([None]), (ctypes.c_int64 * 4)(*numbers))
+    scalars = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(emulated.KernelFault, match="error 1"):
+        library.call("adam_step", *arrays, 1, scalars, None, 0, F32, *BETAS, EPS, reference.EPS, True, True)
+    assert library.launches() == before
+
+
+def test_rows_are_held_in_shared_memory(library: Library):
+    """With effective gradients weight and gradient, else the weight; but nothing of plain parameters."""
+    for cases, effective, floats in (
+        ([Case(2, 12)], True, 2 * 4096),
+        ([Case(2, 12)], False, 4096),
+        ([Case(1, 5000)], True, 2 * 5000),
+        ([Case(0, 5000)], True, 0),
+    ):
+        run(library, State(cases, 1, None), effective, True, F32)
+        assert library.dynamic_shared() == 4 * floats
+
+
 def test_one_launch_without_gains(library: Library):
     before = library.launches()
     run(library, State([Case(3, 8), Case(0, 5)], 2, None), True, True, F32)

@@ -248,6 +248,29 @@ def test_table_limits(library: Library, count: int, launches: int, backward_laun
         emulated.assert_as_accurate(torch.cat([t.flatten() for t in found]), rounded, exact, f"{count} weights")
 
 
+@pytest.mark.parametrize(("size", "floats"), [(3, 4096), (512, 4096), (4100, 4100), (30000, 25088)])
+def test_rows_are_held_in_shared_memory(library: Library, size: int, floats: int):
+    """A warp's row of up to 512 elements for each warp, one longer row, or as much of it as there is memory."""
+    case, w = Case(1, size, gain=0), weights_of([Case(1, size)], F32)
+    run(library, [case], w, F32, force=True, want_out=True)
+    assert library.dynamic_shared() == 4 * floats
+    run_backward(library, [case], w, w)
+    assert library.dynamic_shared() == min(8 * floats, 4 * 25088)
+
+
+@pytest.mark.parametrize("sizes", [[(1 << 31, 4)], [(1, 1 << 31)], [((1 << 30) + 1, 600)] * 2], ids=str)
+def test_what_a_table_cannot_number_is_refused(library: Library, sizes: list[tuple[int, int]]):
+    nulls, ones = pointers([None] * len(sizes)), doubles([1.0] * len(sizes))
+    rows, row_sizes = (integers(each) for each in zip(*sizes, strict=True))
+    before = library.launches()
+    last = (len(sizes), F32, F32, EPS)
+    with pytest.raises(emulated.KernelFault, match="error 1"):
+        library.call("normalize_weight", *[nulls] * 3, rows, row_sizes, integers([1, 1]), ones, *last, True)
+    with pytest.raises(emulated.KernelFault, match="error 1"):
+        library.call("normalize_weight_backward", *[nulls] * 6, rows, row_sizes, ones, ones, *last)
+    assert library.launches() == before
+
+
 def test_zero_rows(library: Library):
     """At rms 0 the gradient is grad / eps (spec 2.1)."""
     case, zeros = Case(2, 8, gain=0), torch.zeros(2, 8, 1)
