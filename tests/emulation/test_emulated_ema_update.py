@@ -82,7 +82,8 @@ def test_more_chunks_than_blocks(library: Library):
         (300, 1, 4),
         (12, 25, 1),  # 312 of 320 pointers
         (13, 25, 2),
-        (9, 33, 2),  # the most profiles a table describes, and one more
+        (9, 32, 1),  # the most profiles a table describes, and one more
+        (9, 33, 2),
     ],
 )
 def test_table_limits(library: Library, tensors: int, profiles: int, launches: int):

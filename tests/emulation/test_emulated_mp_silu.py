@@ -206,6 +206,19 @@ def test_the_mask_is_that_of_the_reference(library: Library, threshold: int, dty
     assert torch.equal(y != 0, reference.dropout_mask(x.shape, threshold, dropout.philox, 65535))
 
 
+@pytest.mark.parametrize("block", [0, 0x89ABCDEF, 0x7FFF_89ABCDEF, 0xFFFF_FFFFFFFF])
+def test_bits_of_large_activations(library: Library, block: int):
+    """48 bits of the block, 16 of the subsequence, 64 of the offset make the counter."""
+    seed, offset, subsequence = 0x123456789ABCDEF, -0x7EDCBA9876543211, 0x8001
+    words = torch.zeros(4, dtype=torch.int32)
+    library.run("dropout_bits", words, block, subsequence, seed, offset)
+    counter = (block, block >> 32 | subsequence << 16, offset, offset >> 32)
+    expected = reference.philox_4x32(
+        *([torch.tensor(part & 0xFFFFFFFF) for part in parts] for parts in (counter, (seed, seed >> 32)))
+    )
+    assert [word & 0xFFFFFFFF for word in words.tolist()] == [int(word) for word in expected]
+
+
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
 @pytest.mark.parametrize("number", range(5))
 def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
