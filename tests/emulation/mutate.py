@@ -9,7 +9,8 @@ sample of them, the same in every run, is tried for each file. A fault whose obj
 fault. Those that no test can notice are in UNNOTICEABLE, with the reason. Exits with 1 unless every barrier, every
 planted fault and 95 % of the others are noticed.
 
-Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops).
+Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops), the torch
+layer (csrc/torch).
 """
 
 import argparse
@@ -527,7 +528,7 @@ def run(
         status, answer = in_child(lambda: precompile(trees[0].root, trees[0].build), trees[0].log)
         if status != 0:
             raise RuntimeError(answer)
-        originals = {family: Original(dict.fromkeys(stages(family), b""), 60) for family in concerned}
+        originals = {family: Original(dict.fromkeys(stages(family), b""), 30) for family in concerned}
         if not quick:
             for i, result in _in_parallel([functools.partial(original, family) for family in concerned], trees):
                 originals[concerned[i]] = result
