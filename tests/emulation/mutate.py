@@ -479,32 +479,36 @@ def judge(
     started = sum(os.times()[:4])
     order = {name.split("::")[0]: i for i, name in reversed(list(enumerate(first)))}
     places = {family: order.get(f"test_emulated_{family}.py", len(order)) for family in reached}
-    text = mutant.apply((ROOT / mutant.file).read_text())
+    in_turn = sorted(reached, key=lambda name: (name != Path(mutant.file).stem, places[name]))
     verdict = Verdict("same")
-    try:
-        for family in sorted(reached, key=lambda name: (name != Path(mutant.file).stem, places[name])):
-            for only_float32, code in originals[family].codes.items():
-                tree.write(mutant.file, text, only_float32)
-                now = _judge_build(family, tree, code, first, originals[family].seconds)
-                verdict = verdict if now.outcome == "same" else now
-                if verdict.outcome in ("killed", "stillborn"):
-                    break
-            if verdict.outcome in ("killed", "stillborn"):
-                break
-        return dataclasses.replace(verdict, seconds=sum(os.times()[:4]) - started)
-    finally:
-        tree.write(mutant.file, (ROOT / mutant.file).read_text(), False)
+    for family, only_float32 in [(name, stage) for name in in_turn for stage in originals[name].codes]:
+        now = _judge_build(mutant, family, only_float32, tree, originals[family], first)
+        verdict = verdict if now.outcome == "same" else now
+        if verdict.outcome in ("killed", "stillborn"):
+            break
+    return dataclasses.replace(verdict, seconds=sum(os.times()[:4]) - started)
 
 
-def _judge_build(family: str, tree: Tree, original_code: bytes, first: Sequence[str], seconds: float) -> Verdict:
+def _judge_build(
+    mutant: Mutant, family: str, only_float32: bool, tree: Tree, original: Original, first: Sequence[str]
+) -> Verdict:
+    text = (ROOT / mutant.file).read_text()
+    tree.write(mutant.file, mutant.apply(text), only_float32)
     try:
         status, answer, code = tree.objects(family)
         if status != 0 and "CalledProcessError" not in answer:
             raise RuntimeError(f"{family}: {answer}")
         if status != 0:
             return Verdict("stillborn")
-        return Verdict("same") if code == original_code else tree.test(family, first, seconds)[0]
+        if code == original.codes[only_float32]:
+            return Verdict("same")
+        verdict, _ = tree.test(family, first, original.seconds)
+        if verdict.outcome == "survived" and not original.codes[only_float32]:  # which was not compiled before
+            tree.write(mutant.file, text, only_float32)
+            return Verdict("same") if tree.objects(family)[2] == code else verdict
+        return verdict
     finally:
+        tree.write(mutant.file, text, False)
         tree.clean()
 
 
@@ -602,7 +606,7 @@ class Result:
 def sources(root: Path = ROOT) -> dict[str, str]:
     """{path from the root: text} of the files to mutate."""
     files = {name for parts in families(root).values() for name in parts}
-    skipped = {"csrc/include/edm2/math.h", "csrc/include/edm2/traffic.h"}
+    skipped = {f"csrc/include/edm2/{name}.h" for name in ("math", "traffic")}
     return {name: (root / name).read_text() for name in sorted(files - skipped) if name.startswith("csrc/")}
 
 
