@@ -29,8 +29,9 @@ _BLOCK_ORDERS = ["forward", "reverse", "interleaved"]
 
 # AddressSanitizer must be in the process before anything else: a test runs such libraries in a process of their own.
 SANITIZED = bool(os.environ.get("EDM2EXT_EMULATION_SANITIZED"))
-# Without sanitizers, the emulator itself answers when a pointer is not aligned for what it points to.
-_ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+# Without sanitizers, the emulator itself answers when a pointer is not aligned for what it points to, or an index is
+# beyond its array.
+_CHECKS = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=alignment,bounds"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # Libraries with the same templates live in one process: without -fno-gnu-unique they would share their shared memory.
 _FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
@@ -72,7 +73,7 @@ def _object(name: str, root: Path) -> Path:
         HERE / f"{name}.cpp",
         *(f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in _INCLUDED),
     ]
-    command = [*_compiler(), *([] if SANITIZED else _ALIGNMENT), "-c", str(HERE / f"{name}.cpp")]
+    command = [*_compiler(), *([] if SANITIZED else _CHECKS), "-c", str(HERE / f"{name}.cpp")]
     command += [f"-I{folder}" for folder in (HERE, HERE / "include")]
     if name == "emulator":  # the same for every root
         sources = [HERE / f"emulator{suffix}" for suffix in (".cpp", ".h")] + [HERE / "fiber.h"]

@@ -404,19 +404,25 @@ Outcome run(dim3 grid, dim3 threads, size_t shared, size_t granted, const std::f
 
 }  // namespace emulation
 
-// ---- misaligned access ----
-// Where a pointer is not aligned for its type, code compiled with -fsanitize=alignment calls this. The structure is the
+// ---- misaligned access, and indices beyond an array ----
+// Code compiled with -fsanitize=alignment,bounds calls these. What they get begins with this structure of the
 // compiler's.
 
 #if !defined(__SANITIZE_ADDRESS__)
-struct TypeMismatch {
+struct Place {
   const char* file;
   uint32_t line;
   uint32_t column;
 };
 
-extern "C" void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatch* where, uintptr_t) {
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(const Place* where, uintptr_t) {
   emulation::fail("misaligned access at " + std::string(where->file) + ":" + std::to_string(where->line));
+  abort();
+}
+
+extern "C" void __ubsan_handle_out_of_bounds_abort(const Place* where, uintptr_t index) {
+  emulation::fail("index " + std::to_string(static_cast<intptr_t>(index)) + " is beyond the array at " +
+                  std::string(where->file) + ":" + std::to_string(where->line));
   abort();
 }
 #endif
