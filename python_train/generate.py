@@ -274,8 +274,8 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(epilog=_EPILOG, context_settings={"show_default": True, "max_content_width": 120})
-@click.option("--net", "net_paths", type=_PATH, multiple=True, help="Snapshot of the network (.safetensors, or a "
-              ".pkl of the EDM2 reference program, read without executing it). Several: a folder for each.")  # fmt: skip
+@click.option("--net", "net_paths", type=_PATH, multiple=True, help="Snapshot of the network: .safetensors, or a "
+              ".pkl of the EDM2 reference program, read as data. Several: a folder for each.")  # fmt: skip
 @click.option("--preset", help="Published networks and guidance by name, such as edm2-img512-s-guid-dino, in place of "
               "--net, --gnet and --guidance; any other word lists the names.")  # fmt: skip
 @click.option("--weights", type=_PATH, default="weights", help="Folder of the networks that presets name.")

@@ -41,7 +41,7 @@ class Filler {
   cudaError_t append(AdamTask task, int64_t items, void* const* pointers, std::initializer_list<void*> more,
                      Traffic traffic) {
     const int64_t count = params_.profiles + static_cast<int64_t>(more.size());
-    if (count > AdamTable::kPointers || !fits_table(task.rows, task.row_size, items)) return cudaErrorInvalidValue;
+    if (count > AdamTable::kPointers) return cudaErrorInvalidValue;
     if (table_.count == AdamTable::kTensors || pointers_ + count > AdamTable::kPointers ||
         table_.items + items > INT32_MAX) {
       const cudaError_t error = flush();
@@ -86,10 +86,15 @@ class Filler {
   Traffic traffic_{0, 0};
 };
 
-/// The tensor's part of a table. A parameter without rows counts as rows of kPlainRow elements, the last one shorter.
+/// A parameter without rows counts as rows of kPlainRow elements, the last one shorter.
+int64_t row_size_of(const AdamTensor& t) {
+  return t.weight ? t.row_size : std::min<int64_t>(t.rows * t.row_size, kPlainRow);
+}
+
+/// The tensor's part of a table.
 AdamTask task_of(const AdamStepParams& params, const AdamTensor& t) {
   const int64_t numel = t.rows * t.row_size;
-  const int64_t row_size = t.weight ? t.row_size : std::min<int64_t>(numel, kPlainRow);
+  const int64_t row_size = row_size_of(t);
   bool quads = t.weight ? row_size % kQuad == 0 : numel % kQuad == 0;
   quads = quads && all_aligned(t.param, t.grad, t.exp_avg, t.exp_avg_sq) &&
           (t.prepared == nullptr || quad_aligned(t.prepared, t.prepared_dtype));
@@ -120,6 +125,7 @@ cudaError_t step_rows(const AdamStepParams& params, CUstream_st* stream) {
     const int64_t numel = t.rows * t.row_size;
     if (numel == 0) continue;
     if (t.prepared != nullptr && t.prepared_dtype == DType::kFloat64) return cudaErrorInvalidValue;
+    if (!fits_table(ceil_div(numel, row_size_of(t)), row_size_of(t), 0)) return cudaErrorInvalidValue;
     const AdamTask task = task_of(params, t);
     Traffic traffic{4 * numel * (4 + params.profiles), 4 * numel * (3 + params.profiles)};
     if (t.prepared != nullptr && t.gain == nullptr) traffic.written += numel * size_of(t.prepared_dtype);

@@ -23,13 +23,14 @@ cudaError_t backward(const MPFourierBackwardParams& params, cudaStream_t stream)
   const auto* phases = static_cast<const float*>(params.phases);
   const auto& batch = params.batch;
   const auto& channels = params.channels;
-  const int64_t inputs = (batch * channels + batch) * int64_t{sizeof(T)} + 8 * channels;
-  const cudaError_t error = launch(mp_fourier_backward_x<T>, ceil_div(batch, kFourierRows), kThreads, stream,
-                                   {inputs, batch * int64_t{sizeof(T)}}, grad_y, x, freqs, phases,
-                                   static_cast<T*>(params.grad_x), batch, channels);
+  const int64_t bytes = (batch * channels + batch) * int64_t{sizeof(T)} + 8 * channels;
+  const Traffic x_traffic{bytes, batch * int64_t{sizeof(T)}};
+  const Traffic buffers_traffic{bytes, 8 * channels};
+  const cudaError_t error = launch(mp_fourier_backward_x<T>, ceil_div(batch, kFourierRows), kThreads, stream, x_traffic,
+                                   grad_y, x, freqs, phases, static_cast<T*>(params.grad_x), batch, channels);
   if (error != cudaSuccess) return error;
   return launch(mp_fourier_backward_buffers<T>, ceil_div(channels, kWarpSize), dim3(kWarpSize, kFourierRows), stream,
-                {inputs, 8 * channels}, grad_y, x, freqs, phases, static_cast<float*>(params.grad_freqs),
+                buffers_traffic, grad_y, x, freqs, phases, static_cast<float*>(params.grad_freqs),
                 static_cast<float*>(params.grad_phases), batch, channels);
 }
 

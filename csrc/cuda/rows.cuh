@@ -124,7 +124,7 @@ struct Team {
       values = map([offset](float v) { return v + __shfl_xor_sync(kWholeWarp, v, offset); }, values);
     }
     if (size == kWarpSize) {
-      __syncwarp();
+      sync();
       return values;
     }
     Floats<N>* own = partial[sums++];

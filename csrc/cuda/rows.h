@@ -29,7 +29,7 @@ inline cudaError_t shared_for_rows(int64_t longest, int floats, cudaStream_t str
 
 /// Numbers a table holds in 32 bits.
 inline bool fits_table(int64_t rows, int64_t row_size, int64_t items_before) {
-  return rows <= INT32_MAX && row_size <= INT32_MAX && items_before + rows <= INT32_MAX;
+  return row_size <= INT32_MAX && items_before + rows <= INT32_MAX;
 }
 
 }  // namespace edm2::cuda

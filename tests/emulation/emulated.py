@@ -1,5 +1,6 @@
 """Builds the CUDA kernels with g++ against the emulator, and calls them on CPU tensors."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,7 +8,7 @@ import itertools
 import math
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +29,9 @@ _BLOCK_ORDERS = ["forward", "reverse", "interleaved"]
 
 # AddressSanitizer must be in the process before anything else: a test runs such libraries in a process of their own.
 SANITIZED = bool(os.environ.get("EDM2EXT_EMULATION_SANITIZED"))
-# Without sanitizers, the emulator itself answers when a pointer is not aligned for what it points to.
-_ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+# Without sanitizers, the emulator itself answers when a pointer is not aligned for what it points to, or an index is
+# beyond its array.
+_CHECKS = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=alignment,bounds"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # Libraries with the same templates live in one process: without -fno-gnu-unique they would share their shared memory.
 _FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
@@ -71,7 +73,7 @@ def _object(name: str, root: Path) -> Path:
         HERE / f"{name}.cpp",
         *(f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in _INCLUDED),
     ]
-    command = [*_compiler(), *([] if SANITIZED else _ALIGNMENT), "-c", str(HERE / f"{name}.cpp")]
+    command = [*_compiler(), *([] if SANITIZED else _CHECKS), "-c", str(HERE / f"{name}.cpp")]
     command += [f"-I{folder}" for folder in (HERE, HERE / "include")]
     if name == "emulator":  # the same for every root
         sources = [HERE / f"emulator{suffix}" for suffix in (".cpp", ".h")] + [HERE / "fiber.h"]
@@ -108,6 +110,10 @@ class Library:
             _THREAD_ORDERS.index(threads), _BLOCK_ORDERS.index(blocks), ctypes.c_uint64(seed), multiprocessors
         )
 
+    def dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory that the last launch had."""
+        return self.int64("emulation_dynamic_shared")
+
     def launches(self) -> int:
         """Kernels launched so far."""
         return self._library.emulation_launches()
@@ -116,6 +122,7 @@ class Library:
         self, function: str, *arguments: "Tensor | int | bool | float | torch.dtype | ctypes.Array | None"
     ) -> None:
         """Calls a launcher, which gets integers as int64; raises KernelFault unless it returns cudaSuccess."""
+        Guarded.made = 0
         error = getattr(self._library, function)(*map(_argument, arguments))
         if error != 0:
             message = self._library.emulation_message().decode()
@@ -161,7 +168,12 @@ _MARGIN = 0 if SANITIZED else 64
 class Guarded:
     """A flat tensor between margins, `offset` elements past a 16-byte boundary; as many NaNs or a copy of `values`."""
 
+    made = 0  # since the last launch
+    further = -1  # the number of the tensor that misaligned() places further
+
     def __init__(self, values: "Tensor | int", dtype: torch.dtype, offset: int = 0) -> None:
+        offset += Guarded.made == Guarded.further
+        Guarded.made += 1
         numel = values if isinstance(values, int) else values.numel()
         self._start = _MARGIN + offset
         self._whole = torch.full((self._start + numel + _MARGIN,), math.nan, dtype=dtype)
@@ -174,6 +186,16 @@ class Guarded:
         end = self._start + self.tensor.numel()
         assert self._whole[: self._start].isnan().all(), "written before the start"
         assert self._whole[end:].isnan().all(), "written past the end"
+
+
+@contextlib.contextmanager
+def misaligned(number: int) -> Iterator[None]:
+    """Places one of the tensors that are guarded for each launch, the first being number 0, one element further."""
+    Guarded.made, Guarded.further = 0, number
+    try:
+        yield
+    finally:
+        Guarded.further = -1
 
 
 def to_memory(x: Tensor, channels_last: bool) -> Tensor:

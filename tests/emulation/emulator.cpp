@@ -102,6 +102,7 @@ struct Block {
 // Not thread_local: that would make it shared memory.
 Options settings;
 int64_t launches = 0;
+int64_t dynamic_shared_bytes = 0;
 std::string message;
 Fiber scheduler;
 Block resident[kInterleavedBlocks];
@@ -287,7 +288,7 @@ bool run_some(Block& b, int64_t resumptions) {
 }
 
 /// Runs all blocks, `count` of them at a time in turn.
-bool run_blocks(int64_t blocks, int count, size_t dynamic_shared_bytes) {
+bool run_blocks(int64_t blocks, int count, size_t bytes_in_use) {
   const Memory shared = shared_memory();
   int64_t next = 0;
   const auto start_next = [&](Block& b) {
@@ -304,7 +305,7 @@ bool run_blocks(int64_t blocks, int count, size_t dynamic_shared_bytes) {
       Block& b = *active[i];
       poison_dynamic_shared(0, false);
       memcpy(shared.begin, b.shared.data(), shared.bytes);
-      poison_dynamic_shared(dynamic_shared_bytes, true);
+      poison_dynamic_shared(bytes_in_use, true);
       if (!run_some(b, count == 1 ? INT64_MAX : b.size)) return false;
       poison_dynamic_shared(0, false);
       memcpy(b.shared.data(), shared.begin, shared.bytes);
@@ -312,9 +313,8 @@ bool run_blocks(int64_t blocks, int count, size_t dynamic_shared_bytes) {
         ++i;
         continue;
       }
-      const auto beyond =
-          std::find_if(edm2::cuda::dynamic_shared + dynamic_shared_bytes, std::end(edm2::cuda::dynamic_shared),
-                       [](unsigned char byte) { return byte != kNaNByte; });
+      const auto beyond = std::find_if(edm2::cuda::dynamic_shared + bytes_in_use, std::end(edm2::cuda::dynamic_shared),
+                                       [](unsigned char byte) { return byte != kNaNByte; });
       if (beyond != std::end(edm2::cuda::dynamic_shared)) {
         fail("block " + std::to_string(b.index.x) + " wrote beyond its dynamic shared memory");
         return false;
@@ -418,9 +418,10 @@ void await_copy_groups(unsigned in_flight) {
   }
 }
 
-Outcome run(dim3 grid, dim3 threads, size_t dynamic_shared_bytes, size_t granted, const std::function<void()>& body) {
+Outcome run(dim3 grid, dim3 threads, size_t shared, size_t granted, const std::function<void()>& body) {
   ++launches;
-  message = refusal(grid, threads, dynamic_shared_bytes, granted);
+  dynamic_shared_bytes = static_cast<int64_t>(shared);
+  message = refusal(grid, threads, shared, granted);
   if (!message.empty()) return Outcome::kRefused;
   gridDim = grid;
   blockDim = threads;
@@ -428,24 +429,30 @@ Outcome run(dim3 grid, dim3 threads, size_t dynamic_shared_bytes, size_t granted
   random_state = settings.seed;
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   const int at_a_time = settings.blocks == BlockOrder::kInterleaved ? kInterleavedBlocks : 1;
-  return run_blocks(blocks, at_a_time, dynamic_shared_bytes) ? Outcome::kDone : Outcome::kFailed;
+  return run_blocks(blocks, at_a_time, shared) ? Outcome::kDone : Outcome::kFailed;
 }
 
 }  // namespace emulation
 
-// ---- misaligned access ----
-// Where a pointer is not aligned for its type, code compiled with -fsanitize=alignment calls this. The structure is the
+// ---- misaligned access, and indices beyond an array ----
+// Code compiled with -fsanitize=alignment,bounds calls these. What they get begins with this structure of the
 // compiler's.
 
 #if !defined(__SANITIZE_ADDRESS__)
-struct TypeMismatch {
+struct Place {
   const char* file;
   uint32_t line;
   uint32_t column;
 };
 
-extern "C" void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatch* where, uintptr_t) {
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(const Place* where, uintptr_t) {
   emulation::fail("misaligned access at " + std::string(where->file) + ":" + std::to_string(where->line));
+  abort();
+}
+
+extern "C" void __ubsan_handle_out_of_bounds_abort(const Place* where, uintptr_t index) {
+  emulation::fail("index " + std::to_string(static_cast<intptr_t>(index)) + " is beyond the array at " +
+                  std::string(where->file) + ":" + std::to_string(where->line));
   abort();
 }
 #endif
@@ -457,4 +464,5 @@ void emulation_configure(int thread_order, int block_order, uint64_t seed, int m
 }
 const char* emulation_message() { return emulation::message.c_str(); }
 int64_t emulation_launches() { return emulation::launches; }
+int64_t emulation_dynamic_shared() { return emulation::dynamic_shared_bytes; }
 }

@@ -86,4 +86,6 @@ void emulation_configure(int thread_order, int block_order, uint64_t seed, int m
 const char* emulation_message();
 /// Kernels launched so far.
 int64_t emulation_launches();
+/// Bytes of dynamic shared memory that the last launch had.
+int64_t emulation_dynamic_shared();
 }

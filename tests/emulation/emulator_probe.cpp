@@ -50,6 +50,13 @@ __global__ void read_unwritten_shared(float* out) {
   held[threadIdx.x] = 1.0f;
 }
 
+/// In registers, from 0 to `last` of four.
+__global__ void fill_array(float* out, int last) {
+  float values[4];
+  for (int i = 0; i <= last; ++i) values[i] = static_cast<float>(i + static_cast<int>(threadIdx.x));
+  out[threadIdx.x] = values[last];
+}
+
 __global__ void barrier_in_branch(int) {
   if (threadIdx.x < 7) __syncthreads();
 }
@@ -129,6 +136,7 @@ int probe_read_other_block(float* data, int64_t blocks) {
   return launch(read_other_block, static_cast<unsigned>(blocks), 32, 0, data);
 }
 int probe_read_unwritten_shared(float* out) { return launch(read_unwritten_shared, 2, 32, 0, out); }
+int probe_array(float* out, int64_t last) { return launch(fill_array, 1, 32, 0, out, static_cast<int>(last)); }
 int probe_barrier_in_branch() { return launch(barrier_in_branch, 1, 64, 0, 0); }
 int probe_two_barriers() { return launch(two_barriers, 1, 64, 0, 0); }
 int probe_barrier_after_exit() { return launch(barrier_after_exit, 1, 64, 0, 0); }

@@ -1,4 +1,4 @@
-// The MP-SiLU launchers and kernels, for ctypes.
+// The MP-SiLU launchers and kernels, for ctypes, and the random bits of dropout.
 #include "cuda/mp_silu.cu"
 
 using edm2::DType;
@@ -9,6 +9,11 @@ extern "C" int mp_silu(const void* x, void* y, int64_t numel, int dtype) {
 
 extern "C" int mp_silu_backward(const void* grad_y, const void* x, void* grad_x, int64_t numel, int dtype) {
   return edm2::cuda::launch_mp_silu_backward({grad_y, x, grad_x, numel, static_cast<DType>(dtype)}, nullptr);
+}
+
+extern "C" void dropout_bits(uint32_t* words, int64_t block, int64_t subsequence, int64_t seed, int64_t offset) {
+  const auto bits = edm2::math::dropout_bits(block, subsequence, seed, offset);
+  std::copy(std::begin(bits.words), std::end(bits.words), words);
 }
 
 extern "C" int mp_silu_modulated(const void* x, const void* c, void* y, int64_t batch, int64_t channels, int64_t pixels,

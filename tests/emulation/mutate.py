@@ -1,14 +1,16 @@
 """Mutation testing of the CUDA kernels: faults are seeded in a copy of the sources, one at a time, and the emulated
 tests of some kernel family that the fault reaches must notice.
 
-python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--json FILE]
+python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--kept FILE]
 
-Every barrier is removed. Other faults (bounds, strides, widths of reductions, indices, operators, constants, rounding,
-conditions, dropped statements) are made wherever the source offers one, and a sample of them, the same in every run,
-is tried for each file. A fault whose object code is that of the original is no fault. Those that no test can notice are
-in UNNOTICEABLE, with the reason. Exits with 1 if a barrier or more than 5 % of the others survive.
+Every barrier is removed, and every fault of faults.py made. Other faults (bounds, strides, widths of reductions,
+indices, operators, constants, rounding, conditions, dropped statements) are made wherever the source offers one, and a
+sample of them, the same in every run, is tried for each file. A fault whose object code is that of the original is no
+fault. Those that no test can notice are in UNNOTICEABLE, with the reason. Exits with 1 unless every barrier, every
+planted fault and 95 % of the others are noticed.
 
-Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops).
+Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops), the torch
+layer (csrc/torch).
 """
 
 import argparse
@@ -17,6 +19,7 @@ import difflib
 import fnmatch
 import functools
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -25,6 +28,7 @@ import re
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,15 +37,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from faults import FAULTS
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDERS = ("cuda", "include", "torch")  # of csrc, that the emulation compiles
+LAUNCH = "csrc/cuda/launch.h"
 PATIENCE = 10  # a test that takes so many times as long as the slowest without a fault loops for ever
 
+_BRACKETS = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
 # Name of the file, pattern that occurs in "line before => line after", why no test can notice.
 UNNOTICEABLE: list[tuple[str, str, str]] = [
     ("launch.h", r"\|\| shared > kSharedWithoutAsking", "asks for shared memory that is granted anyway"),
-    ("*", r"kBlocksPerMultiprocessor|\blanes_for\(|\bkResidentBlocks", "shares out the work otherwise; same result"),
+    (
+        "*",
+        r"^[^;]*\b(kBlocksPerMultiprocessor|lanes_for\(|kResidentBlocks)[^;]*;? => ",
+        "shares out the work otherwise; same result",
+    ),
     (
         "mp_silu.cu",
         r"chunks >= 1 \? workspace",
@@ -49,15 +61,44 @@ UNNOTICEABLE: list[tuple[str, str, str]] = [
     ),
     (
         "ema_update.cuh",
-        r"high = tensors \+ 1",
+        r"high = tensors( \+ 1| - \(1 - 1\));$",
         "first_chunk[tensors] is beyond every chunk: the search turns back there",
     ),
     (
         "rows.cuh",
-        r"__syncwarp\(\);$|__syncwarp\(\); => ;",
-        "the shuffle before it orders a warp's threads in the emulation",
+        r"^sync\(\); => ;$",
+        "the shuffles before it order a warp's threads in the emulation; on a GPU they do not order memory",
     ),
+    ("normalize_weight.cu", r"if \(count < kFew\)", "the large table also takes so few"),
+    ("normalize_weight.cu", r"first <= count; first \+= kMany", "one more table, an empty one, is not launched"),
+    (
+        "*",
+        r"first = groups\.first; first <= (\w+); first \+= groups\.step",
+        "groups of lanes beyond the last item are idle, also in a warp that has no other",
+    ),
+    ("rows.cuh", r"first <= count; first \+= kBatch", "of what is beyond the end nothing is loaded"),
     ("mp_silu.cuh", r"column = static_cast<int>\(blockDim", "a tile is never wider than the block has threads"),
+    (
+        "*.cu",
+        rf"^(.*(?:\blaunch\(|\bwork\b|\bblocks_for\b).*)ceil_div{_BRACKETS}(.*) => \1ceil_div{_BRACKETS}\2$",
+        "the number of blocks alone: every kernel strides over the grid",
+    ),
+    (
+        "*.cu",
+        r"packs_per_lane (?:<= (\d+)\b.* => .*packs_per_lane < \1\b|> (k\w+).* => .*packs_per_lane >= \2)"
+        r"|head_dim <= kWarpSize \* N\b.* => .*head_dim < kWarpSize \* N\b",
+        "rows of exactly so many packs are also right in the kernel for longer ones",
+    ),
+    (
+        "launch.h",
+        r"while \(lanes < packs .* => while \(\(lanes / 2\) < packs ",
+        "more lanes than packs: the others idle",
+    ),
+    (
+        "*",
+        r"(\S+) < (\S+) \? \1 : \2(.*) => .*\1 <= \2 \? \1 : \2\3$",
+        "the smaller of equal numbers is either of them",
+    ),
 ]
 
 
@@ -132,15 +173,23 @@ _REWRITES = [
 # What is no code that could go wrong, or has no meaning under emulation.
 _NO_CODE = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"|^#[^\n]*|\btemplate <[^\n]*|\b__launch_bounds__\([^\n]*|\bstatic_assert\([^;]*;"
-    r"|^[^\n]*\b(bytes|\w+_bytes|[Tt]raffic|tally|namespace|using)\b[^\n]*|\w+_sync\(|\boperator\W+",
+    r"|^[^\n]*\b(bytes|\w+_bytes|\w*[Tt]raffic|tally|namespace|using)\b[^\n]*|\w+_sync\(|\boperator\W+",
     re.MULTILINE | re.DOTALL,
 )
 
 
+ALWAYS = ("barrier", "planted")  # operators of which every fault is tried
+OPERATORS = (*ALWAYS, *dict.fromkeys([*_SWAPS, *(operator for operator, _, _ in _REWRITES)]))
+
+
 def mutants(file: str, text: str) -> Iterator[Mutant]:
-    """Every fault that can be seeded in the text, barriers first."""
+    """Every fault that can be seeded in the text: barriers left out, those of faults.py, then the other operators'."""
     for match in re.finditer(_BARRIER, _without(re.compile(r"//[^\n]*"), text)):
         yield Mutant(file, "barrier", match.start(), match.end(), ";")
+    for name, old, new in FAULTS:  # wherever the text occurs, at once
+        if file == f"csrc/cuda/{name}" and old in text:
+            start, end = text.find(old), text.rfind(old) + len(old)
+            yield Mutant(file, "planted", start, end, text[start:end].replace(old, new))
     code = _without(_NO_CODE, text)
     clamps = {i for match in re.finditer(_CLAMP, code) for i in range(*match.span())}
     for operator, swaps in _SWAPS.items():
@@ -164,11 +213,11 @@ def _without(pattern: "re.Pattern[str]", text: str) -> str:
 
 
 def sample(file: str, text: str, count: int, operators: Sequence[str] | None = None) -> list[Mutant]:
-    """All barriers and `count` other mutants of a file (0: all), taking turns among the operators (None: all)."""
+    """All barriers and planted faults of a file and `count` others (0: all), the operators (None: all) taking turns."""
     every = [m for m in mutants(file, text) if operators is None or m.operator in operators]
-    chosen = [mutant for mutant in every if mutant.operator == "barrier"]
+    chosen = [mutant for mutant in every if mutant.operator in ALWAYS]
     by_operator: dict[str, list[Mutant]] = {}
-    for mutant in (m for m in every if m.operator != "barrier"):
+    for mutant in (m for m in every if m.operator not in ALWAYS):
         by_operator.setdefault(mutant.operator, []).append(mutant)
     shuffle = random.Random(zlib.crc32(file.encode())).shuffle
     for group in by_operator.values():
@@ -178,7 +227,9 @@ def sample(file: str, text: str, count: int, operators: Sequence[str] | None = N
 
 
 def why_unnoticeable(mutant: Mutant, text: str) -> str:
-    """The reason listed for a mutant that no test can notice, or an empty string."""
+    """The reason listed for a mutant that no test can notice, or an empty string, as always for a planted one."""
+    if mutant.operator == "planted":
+        return ""
     name, change = Path(mutant.file).name, mutant.change(text)
     fitting = (why for file, what, why in UNNOTICEABLE if fnmatch.fnmatch(name, file) and re.search(what, change))
     return next(fitting, "")
@@ -215,10 +266,12 @@ def _included(source: Path, root: Path) -> set[Path]:
 
 @dataclasses.dataclass
 class Verdict:
-    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where."""
+    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where;
+    `seconds` of processor time it took."""
 
     outcome: str
     by: str = ""
+    seconds: float = 0.0
 
 
 def in_child(function: Callable[[], object], log: Path) -> tuple[int, str]:
@@ -274,25 +327,69 @@ class _Plugin:
             self.failed = report.nodeid.split("/")[-1]  # type: ignore[attr-defined]
 
 
-def _emulated(root: Path, build: Path) -> object:
+def _emulated(root: Path, build: Path) -> Any:
     """The module that compiles and loads kernels, set to a copy of the sources and to a folder for what it builds."""
     os.environ.update(EDM2EXT_EMULATED_SOURCES=str(root), EDM2EXT_EMULATION_BUILD=str(build))
     sys.path.insert(0, str(HERE))
     import emulated
 
     flags = [flag for flag in emulated._FLAGS if not flag.startswith(("-W", "-g"))]
-    emulated._FLAGS[:] = [*flags, "-w", "-g0", f"-ffile-prefix-map={root}=."]
+    emulated._FLAGS[:] = [*flags, "-w", "-g0", f"-ffile-prefix-map={root}=.", "-include", str(_prelude(root))]
     return emulated
+
+
+def _prelude(root: Path) -> Path:
+    """Of a copy of the sources: includes the headers that no fault is seeded in; all copies have it compiled."""
+    return root.parents[1] / "prelude.h"
+
+
+def precompile(root: Path, build: Path) -> None:
+    """Makes the prelude: the headers of C++ and of the emulated toolkit that the kernels include."""
+    texts = [file.read_text() for file in (root / "csrc" / "cuda").iterdir()]
+    names = sorted({name for text in texts for name in re.findall(r"^#include (<.*>)$", text, re.MULTILINE)})
+    prelude = _prelude(root)
+    prelude.write_text("".join(f"#include {name}\n" for name in names))
+    emulated = _emulated(root, build)
+    flags = [*emulated._FLAGS[:-2], *emulated._CHECKS, f"-I{HERE / 'include'}"]
+    subprocess.run(["g++", *flags, "-x", "c++-header", str(prelude), "-o", f"{prelude}.gch"], check=True)
+
+
+_NOT_COMPILED = 999
+_HALVES = re.compile(r"(case DType::kFloat16:\n)(.*)(case DType::kBFloat16:\n)(.*)(?=default:)", re.DOTALL)
+
+
+def for_float32(launch: str) -> str:
+    """launch.h, so that families that take their kernels from dispatch_storage compile those for float32 alone."""
+    changed, count = _HALVES.subn(rf"\1\3 return static_cast<cudaError_t>({_NOT_COMPILED});\n", launch)
+    assert count == 1
+    return changed
+
+
+def _skip_what_is_not_compiled(emulated: Any) -> None:
+    """Ends a test where it needs another dtype than for_float32 left."""
+    import pytest
+
+    call = emulated.Library.call
+
+    def call_or_skip(library: object, function: str, *arguments: object) -> None:
+        try:
+            call(library, function, *arguments)
+        except emulated.KernelFault as fault:
+            if f" error {_NOT_COMPILED}:" in str(fault):
+                pytest.skip("for float32 alone")
+            raise
+
+    emulated.Library.call = call_or_skip
 
 
 def compile_family(family: str, root: Path, build: Path) -> bytes:
     """The object code of a family."""
-    return _emulated(root, build)._object(family, root).read_bytes()  # type: ignore[attr-defined]
+    return _emulated(root, build)._object(family, root).read_bytes()
 
 
 def run_tests(family: str, root: Path, build: Path, first: Sequence[str], seconds: float) -> str:
     """The test that failed, or an empty string; and the processor time of the slowest. Each has so many seconds."""
-    _emulated(root, build)
+    _skip_what_is_not_compiled(_emulated(root, build))
     import pytest
 
     plugin = _Plugin(first, seconds)
@@ -319,6 +416,12 @@ class Tree:
         self.build.mkdir(parents=True)
         copy_sources(ROOT, self.root)
 
+    def write(self, file: str, text: str, only_float32: bool) -> None:
+        """Changes a file of the copy, and whether there are kernels for other dtypes than float32."""
+        for name in {file, LAUNCH}:
+            now = text if name == file else (ROOT / name).read_text()
+            (self.root / name).write_text(for_float32(now) if name == LAUNCH and only_float32 else now)
+
     def objects(self, family: str) -> "tuple[int, str, bytes]":
         file = self.build / "object"
         status, answer = in_child(lambda: file.write_bytes(compile_family(family, self.root, self.build)), self.log)
@@ -343,50 +446,80 @@ class Tree:
 
 
 class Original(NamedTuple):
-    """A family without a fault: its object code, and the time limit for its tests."""
+    """A family without a fault: its object code, by whether it is for float32 alone, and the time limit for its tests.
 
-    code: bytes
+    Most faults are noticed in float32, and kernels for it alone compile several times as fast: they are tried first.
+    """
+
+    codes: dict[bool, bytes]
     seconds: float
+
+
+def stages(family: str) -> list[bool]:
+    """Whether to compile for float32 alone: first so, then not, where that makes a difference."""
+    names = families(ROOT)[family] - {LAUNCH}
+    return [True, False] if any("dispatch_storage(" in (ROOT / name).read_text() for name in names) else [False]
 
 
 def original(family: str, tree: Tree) -> Original:
     """Raises RuntimeError unless the family passes its tests."""
-    status, answer, code = tree.objects(family)
-    if status != 0:
-        raise RuntimeError(f"{family} does not compile: {answer}")
-    verdict, slowest = tree.test(family, [], 600)
-    tree.clean()
-    if verdict.outcome == "killed":
-        raise RuntimeError(f"{family}: its tests fail without a fault: {verdict.by}")
-    return Original(code, 1 + PATIENCE * slowest)
+    codes = {}
+    slowest = 0.0
+    for only_float32 in stages(family):
+        tree.write(LAUNCH, (ROOT / LAUNCH).read_text(), only_float32)
+        status, answer, codes[only_float32] = tree.objects(family)
+        if status != 0:
+            raise RuntimeError(f"{family} does not compile: {answer}")
+        verdict, slowest = tree.test(family, [], 600)
+        tree.clean()
+        if verdict.outcome == "killed":
+            raise RuntimeError(f"{family}: its tests fail without a fault: {verdict.by}")
+    return Original(codes, 1 + PATIENCE * slowest)
 
 
 def judge(
     mutant: Mutant, tree: Tree, reached: Sequence[str], originals: dict[str, Original], first: Sequence[str]
 ) -> Verdict:
-    """Tries a mutant on the families it reaches, until one notices."""
-    target = tree.root / mutant.file
-    text = target.read_text()
-    target.write_text(mutant.apply(text))
+    """Tries a mutant on the families it reaches until one notices, its own first, then those that last found faults."""
+    started = sum(os.times()[:4])
+    order = {name.split("::")[0]: i for i, name in reversed(list(enumerate(first)))}
+    places = {family: order.get(f"test_emulated_{family}.py", len(order)) for family in reached}
+    in_turn = sorted(reached, key=lambda name: (name != Path(mutant.file).stem, places[name]))
+    verdict = Verdict("same")
+    for family, only_float32 in [(name, stage) for name in in_turn for stage in originals[name].codes]:
+        now = _judge_build(mutant, family, only_float32, tree, originals[family], first)
+        verdict = verdict if now.outcome == "same" else now
+        if verdict.outcome in ("killed", "stillborn"):
+            break
+    return dataclasses.replace(verdict, seconds=sum(os.times()[:4]) - started)
+
+
+def _judge_build(
+    mutant: Mutant, family: str, only_float32: bool, tree: Tree, original: Original, first: Sequence[str]
+) -> Verdict:
+    text = (ROOT / mutant.file).read_text()
+    tree.write(mutant.file, mutant.apply(text), only_float32)
     try:
-        verdict = Verdict("same")
-        for family in reached:
-            status, answer, code = tree.objects(family)
-            if status != 0 and "CalledProcessError" not in answer:
-                raise RuntimeError(f"{family}: {answer}")
-            if status != 0:
-                return Verdict("stillborn")
-            if code != originals[family].code:
-                verdict, _ = tree.test(family, first, originals[family].seconds)
-                if verdict.outcome == "killed":
-                    return verdict
+        status, answer, code = tree.objects(family)
+        if status != 0 and "CalledProcessError" not in answer:
+            raise RuntimeError(f"{family}: {answer}")
+        if status != 0:
+            return Verdict("stillborn")
+        if code == original.codes[only_float32]:
+            return Verdict("same")
+        verdict, _ = tree.test(family, first, original.seconds)
+        if verdict.outcome == "survived" and not original.codes[only_float32]:  # which was not compiled before
+            tree.write(mutant.file, text, only_float32)
+            return Verdict("same") if tree.objects(family)[2] == code else verdict
         return verdict
     finally:
-        target.write_text(text)
+        tree.write(mutant.file, text, False)
         tree.clean()
 
 
-def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], quick: bool = False) -> list[Verdict]:
+def run(
+    chosen: Sequence[Mutant], jobs: int, done: Callable[[Mutant, Verdict], None], quick: bool = False
+) -> list[Verdict]:
     """The verdict on every mutant. Unless `quick`, the original must first pass the tests of all families concerned."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -394,15 +527,17 @@ def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], qu
         importlib.import_module(module)
     made_of = families(ROOT)
     reached = {
-        file: sorted((family for family in made_of if file in made_of[family]), key=lambda f: f != Path(file).stem)
-        for file in {mutant.file for mutant in chosen}
+        file: [family for family in made_of if file in made_of[family]] for file in {mutant.file for mutant in chosen}
     }
     concerned = sorted({family for names in reached.values() for family in names})
     verdicts: dict[int, Verdict] = {}
     killers: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edm2-mutants-") as folder:
         trees = [Tree(Path(folder) / str(i)) for i in range(jobs)]
-        originals = dict.fromkeys(concerned, Original(b"", 60))
+        status, answer = in_child(lambda: precompile(trees[0].root, trees[0].build), trees[0].log)
+        if status != 0:
+            raise RuntimeError(answer)
+        originals = {family: Original(dict.fromkeys(stages(family), b""), 30) for family in concerned}
         if not quick:
             for i, result in _in_parallel([functools.partial(original, family) for family in concerned], trees):
                 originals[concerned[i]] = result
@@ -413,11 +548,8 @@ def run(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], qu
         for i, verdict in _in_parallel(tasks, trees):
             verdicts[i] = verdict
             if "::" in verdict.by:
-                killers[:] = [verdict.by, *(name for name in killers if name != verdict.by)][:50]
-            line = (
-                f"{len(verdicts)}/{len(chosen)} {chosen[i].file} {chosen[i].operator}: {verdict.outcome} {verdict.by}"
-            )
-            progress(line.strip())
+                killers[:] = [verdict.by, *(name for name in killers if name != verdict.by)]
+            done(chosen[i], verdict)
     return [verdicts[i] for i in range(len(chosen))]
 
 
@@ -479,30 +611,45 @@ class Result:
 def sources(root: Path = ROOT) -> dict[str, str]:
     """{path from the root: text} of the files to mutate."""
     files = {name for parts in families(root).values() for name in parts}
-    skipped = {"csrc/include/edm2/math.h", "csrc/include/edm2/traffic.h"}
+    skipped = {f"csrc/include/edm2/{name}.h" for name in ("math", "traffic")}
     return {name: (root / name).read_text() for name in sorted(files - skipped) if name.startswith("csrc/")}
 
 
-def mutate(chosen: Sequence[Mutant], jobs: int, progress: Callable[[str], None], quick: bool = False) -> list[Result]:
+def mutate(chosen: Sequence[Mutant], jobs: int, quick: bool = False, kept: "Path | None" = None) -> list[Result]:
+    """What became of every mutant. Each verdict is added to the file `kept`; those that are there are taken from it."""
     texts = sources()
-    verdicts = run(chosen, jobs, progress, quick)
-    return [
-        Result(m, v, m.diff(texts[m.file]), why_unnoticeable(m, texts[m.file]))
-        for m, v in zip(chosen, verdicts, strict=True)
-    ]
+    lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
+    entries = [json.loads(line) for line in lines]
+    verdicts = {Mutant(**entry["mutant"]): Verdict(**entry["verdict"]) for entry in entries}
+    left = [mutant for mutant in chosen if mutant not in verdicts]
+
+    def done(mutant: Mutant, verdict: Verdict) -> None:
+        verdicts[mutant] = verdict
+        tried.append(mutant)
+        number = f"{len(chosen) - len(left) + len(tried)}/{len(chosen)}"
+        print(number, mutant.file, mutant.operator, verdict.outcome, verdict.by, flush=True)
+        if kept is not None:
+            entry = {key: dataclasses.asdict(value) for key, value in (("mutant", mutant), ("verdict", verdict))}
+            with kept.open("a") as file:
+                file.write(json.dumps({**entry, "change": mutant.change(texts[mutant.file])}) + "\n")
+
+    tried: list[Mutant] = []
+    if left:
+        run(left, jobs, done, quick)
+    return [Result(m, verdicts[m], m.diff(texts[m.file]), why_unnoticeable(m, texts[m.file])) for m in chosen]
 
 
 def report(results: Sequence[Result]) -> Iterator[str]:
     """A table by file, and the diff of every survivor."""
-    yield "| file | barriers killed | others killed | excused | no other code | does not compile |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    yield "| file | barriers killed | planted killed | others killed | excused | no other code | does not compile |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
     for name in [*sorted({r.mutant.file for r in results}), "total"]:
         here = [r for r in results if name in (r.mutant.file, "total")]
-        barriers = [r for r in here if r.counts and r.mutant.operator == "barrier"]
-        others = [r for r in here if r.counts and r.mutant.operator != "barrier"]
+        groups = [[r for r in here if r.counts and r.mutant.operator == operator] for operator in ALWAYS]
+        groups.append([r for r in here if r.counts and r.mutant.operator not in ALWAYS])
         counts = [sum(r.verdict.outcome == outcome for r in here) for outcome in ("same", "stillborn")]
         excused = sum(r.verdict.outcome == "survived" and not r.counts for r in here)
-        killed = [f"{sum(not r.survived for r in group)} of {len(group)}" for group in (barriers, others)]
+        killed = [f"{sum(not r.survived for r in group)} of {len(group)}" for group in groups]
         yield f"| {name} | {' | '.join(killed)} | {excused} | {counts[0]} | {counts[1]} |"
     for result in results:
         if result.verdict.outcome == "survived":
@@ -511,34 +658,36 @@ def report(results: Sequence[Result]) -> Iterator[str]:
 
 
 def score(results: Sequence[Result]) -> float:
-    """Share of the faults other than barriers that were noticed."""
-    others = [r for r in results if r.counts and r.mutant.operator != "barrier"]
+    """Share of the sampled faults that were noticed."""
+    others = [r for r in results if r.counts and r.mutant.operator not in ALWAYS]
     return 1 - sum(r.survived for r in others) / max(len(others), 1)
 
 
 def passes(results: Sequence[Result], at_least: float) -> bool:
-    return score(results) >= at_least and not any(r.survived for r in results if r.mutant.operator == "barrier")
+    return score(results) >= at_least and not any(r.survived for r in results if r.mutant.operator in ALWAYS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="files whose name contains this")
-    parser.add_argument("--operators", nargs="*", help="only these kinds, such as barrier")
-    parser.add_argument("--per-file", type=int, default=25, help="faults besides barriers (0: every one)")
+    parser.add_argument("--operators", nargs="*", choices=OPERATORS, help="only these kinds")
+    parser.add_argument(
+        "--per-file", type=int, default=25, help="faults besides barriers and planted ones (0: every one)"
+    )
     parser.add_argument("--quick", action="store_true", help="do not test the original first")
     parser.add_argument("--at-least", type=float, default=0.95, help="share of the faults to be noticed")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write every verdict here")
+    parser.add_argument("--kept", type=Path, help="add every verdict to this file, and take from it those it has")
     options = parser.parse_args()
     texts = {name: text for name, text in sources().items() if options.only in name}
-    chosen = [m for name, text in texts.items() for m in sample(name, text, options.per_file, options.operators)]
-    started = time.monotonic()
-    results = mutate(chosen, options.jobs, lambda line: print(line, flush=True), options.quick)
+    samples = [sample(name, text, options.per_file, options.operators) for name, text in texts.items()]
+    # All files take turns: what an interrupted run has tried is a smaller sample of everything.
+    chosen = [m for turn in itertools.zip_longest(*samples) for m in turn if m is not None]
+    chosen.sort(key=lambda mutant: OPERATORS.index(mutant.operator) if mutant.operator in ALWAYS else len(ALWAYS))
+    results = mutate(chosen, options.jobs, options.quick, options.kept)
     print("\n".join(report(results)))
-    seconds = time.monotonic() - started
-    print(f"\n{100 * score(results):.1f} % of the faults noticed, {len(results)} tried in {seconds:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
+    seconds = sum(result.verdict.seconds for result in results)
+    print(f"\n{100 * score(results):.1f} % of the faults noticed; {len(results)} tried in {seconds:.0f} s of one core")
     return 0 if passes(results, options.at_least) else 1
 
 

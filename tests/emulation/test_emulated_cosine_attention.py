@@ -34,6 +34,7 @@ CASES = [
     Case(1, 1, 136, 24),  # three chunks of channels; too long for registers (32 bits)
     Case(1, 2, 264, 3, layouts=("nhwc",)),  # too long for registers
     Case(1, 1, 67, 33),  # two chunks of channels, two strips, single elements
+    Case(1, 1, 259, 3),  # a length that 8 bits of precision do not hold
     Case(1, 2, 16, 24, offset=1),  # no 16-byte access
     Case(2, 2, 8, 72),  # more strips than the grid has blocks
     Case(1, 2, 2, 150, layouts=("nhwc",)),  # more rows than it has warps
@@ -108,6 +109,14 @@ def library() -> Library:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(library: Library, case: Case, dtype: torch.dtype):
     check(library, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
+    """Packs need every tensor aligned."""
+    with emulated.misaligned(number):
+        check(library, Case(1, 2, 24, 16), dtype)
 
 
 def test_more_rows_than_the_grid_has_threads(library: Library):

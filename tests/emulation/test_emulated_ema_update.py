@@ -63,6 +63,13 @@ def test_matches_formula(library: Library, weights: list[float], offsets: tuple[
     check(library, [1, 0, 5, 1023, CHUNK, CHUNK + 1], weights, offsets)
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_one_misaligned_tensor(library: Library, number: int):
+    """A parameter, or one of its averages."""
+    with emulated.misaligned(number):
+        check(library, [1025], [0.3, 0.9, 0.1])
+
+
 def test_more_chunks_than_blocks(library: Library):
     check(library, [40 * CHUNK + 3], [0.25])
 
@@ -75,7 +82,8 @@ def test_more_chunks_than_blocks(library: Library):
         (300, 1, 4),
         (12, 25, 1),  # 312 of 320 pointers
         (13, 25, 2),
-        (9, 33, 2),  # the most profiles a table describes, and one more
+        (9, 32, 1),  # the most profiles a table describes, and one more
+        (9, 33, 2),
     ],
 )
 def test_table_limits(library: Library, tensors: int, profiles: int, launches: int):

@@ -99,6 +99,20 @@ def library() -> Library:
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(library: Library, case: Case, dtype: torch.dtype, channels_last: bool, silu: bool):
+    check(library, case, dtype, channels_last, silu)
+
+
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype, silu: bool):
+    """Packs need every tensor aligned."""
+    with emulated.misaligned(number):
+        check(library, Case(2, 16, 24, 8), dtype, True, silu)
+
+
+def check(library: Library, case: Case, dtype: torch.dtype, channels_last: bool, silu: bool) -> None:
+    """Forward and backward under all schedules."""
     a = emulated.random_tensor(case.n, case.a, case.p, dtype=dtype)
     b = emulated.random_tensor(case.n, case.b, case.p, dtype=dtype, seed=1)
     total = (case.n, case.a + case.b, case.p)

@@ -206,21 +206,25 @@ def test_the_mask_is_that_of_the_reference(library: Library, threshold: int, dty
     assert torch.equal(y != 0, reference.dropout_mask(x.shape, threshold, dropout.philox, 65535))
 
 
+@pytest.mark.parametrize("block", [0, 0x89ABCDEF, 0x7FFF_89ABCDEF, 0xFFFF_FFFFFFFF])
+def test_bits_of_large_activations(library: Library, block: int):
+    """48 bits of the block, 16 of the subsequence, 64 of the offset make the counter."""
+    seed, offset, subsequence = 0x123456789ABCDEF, -0x7EDCBA9876543211, 0x8001
+    words = torch.zeros(4, dtype=torch.int32)
+    library.run("dropout_bits", words, block, subsequence, seed, offset)
+    counter = (block, block >> 32 | subsequence << 16, offset, offset >> 32)
+    expected = reference.philox_4x32(
+        *([torch.tensor(part & 0xFFFFFFFF) for part in parts] for parts in (counter, (seed, seed >> 32)))
+    )
+    assert [word & 0xFFFFFFFF for word in words.tolist()] == [int(word) for word in expected]
+
+
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
-@pytest.mark.parametrize("misaligned", range(3), ids=["x", "c", "y"])
-def test_one_misaligned_tensor(library: Library, misaligned: int, dtype: torch.dtype):
+@pytest.mark.parametrize("number", range(5))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
     """Packs need every tensor aligned, in the layout whose channels would allow them."""
-    shape = (2, 24, 16)
-    x, c = emulated.random_tensor(*shape, dtype=dtype), emulated.random_tensor(2, 24, dtype=dtype, seed=1)
-    rounded, exact = reference.mp_silu_modulated(x, c), reference.mp_silu_modulated(x.double(), c.double())
-    for channels_last in (False, True):
-        offsets = [int(i == misaligned) for i in range(3)]
-        tensors = [emulated.to_memory(x, channels_last), c, x.numel()]
-        source, scale, y = (Guarded(t, dtype, offset) for t, offset in zip(tensors, offsets, strict=True))
-        library.call(
-            "mp_silu_modulated", source.tensor, scale.tensor, y.tensor, *shape, channels_last, x.dtype, *NO_DROPOUT
-        )
-        emulated.assert_as_accurate(emulated.from_memory(y.tensor, shape, channels_last), rounded, exact, "y")
+    with emulated.misaligned(number):
+        check_modulated(library, Case(2, 24, 16), dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

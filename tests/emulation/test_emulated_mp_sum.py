@@ -56,6 +56,19 @@ def library() -> Library:
 @pytest.mark.parametrize("numel", [1, 7, 8, 9, 255, 4099, 70001])
 @pytest.mark.parametrize("clip", [math.inf, 1.0])
 def test_matches_reference(library: Library, clip: float, numel: int, dtype: torch.dtype, offsets: Offsets):
+    check(library, clip, numel, dtype, offsets)
+
+
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("clip", [math.inf, 1.0])
+def test_one_misaligned_tensor(library: Library, clip: float, number: int, dtype: torch.dtype):
+    with emulated.misaligned(number):
+        check(library, clip, 100, dtype, (0, 0))
+
+
+def check(library: Library, clip: float, numel: int, dtype: torch.dtype, offsets: Offsets) -> None:
+    """Forward and backward under all schedules; inputs are given to the backward only where it may read them."""
     a, b, grad = (emulated.random_tensor(numel, dtype=dtype, seed=i) for i in range(3))
     near = (reference.mp_sum(a.double(), b.double(), T).abs() - clip).abs() < 0.02  # where rounding would decide
     a, b = a.masked_fill(near, 0), b.masked_fill(near, 0)

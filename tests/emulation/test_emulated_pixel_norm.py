@@ -114,6 +114,14 @@ def test_matches_reference(library: Library, case: Case, dtype: torch.dtype):
     check(library, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(4))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
+    """Packs need every tensor aligned."""
+    with emulated.misaligned(number):
+        check(library, Case(2, 24, 16), dtype)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 3), (2, 3, 0)], ids=str)
 def test_empty(library: Library, shape: tuple[int, int, int], channels_last: bool):

@@ -111,6 +111,14 @@ def test_matches_reference(library: Library, case: Case, dtype: torch.dtype):
     check(library, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(2))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
+    """Packs need every tensor aligned."""
+    with emulated.misaligned(number):
+        check(library, Case(2, 8, 4, 16), dtype)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 0, 4, 4), (1, 3, 0, 4)], ids=str)
 def test_empty(library: Library, shape: tuple[int, ...]):
     x = torch.empty(shape)

@@ -104,6 +104,14 @@ def test_matches_reference(library: Library, case: Case, dtype: torch.dtype):
     check(library, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+def test_one_misaligned_tensor(library: Library, number: int, dtype: torch.dtype):
+    """Packs need every tensor aligned."""
+    with emulated.misaligned(number):
+        check(library, Case(1, 8, 4, 16), dtype)
+
+
 def test_more_cells_than_the_grid_has_threads(library: Library):
     check(library, Case(1, 4, 184, 180, layouts=("nhwc",)), torch.float32)
 

@@ -95,6 +95,15 @@ def test_misaligned_access_is_found(library: Library):
         library.call("probe_indices", out)
 
 
+@pytest.mark.skipif(emulated.SANITIZED, reason="the sanitizer ends the process")
+def test_index_beyond_an_array_is_found(library: Library):
+    out = torch.zeros(32)
+    library.call("probe_array", out, 3)
+    assert torch.equal(out, torch.arange(32) + 3.0)
+    with pytest.raises(KernelFault, match=r"index 4 is beyond the array at .*emulator_probe.cpp:\d+"):
+        library.call("probe_array", out, 4)
+
+
 def test_impossible_launches_are_refused(library: Library):
     for grid_x, grid_y, block in [(0, 1, 32), (1, 65536, 32), (1, 1, 0), (1, 1, 1025)]:
         with pytest.raises(KernelFault, match=r"error 9: .*no GPU runs"):
