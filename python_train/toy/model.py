@@ -92,24 +92,26 @@ def train(
 ) -> ToyModel:
     """Train a model by exact score matching; returns it with its averaged weights, in eval mode.
 
-    ``progress`` is called after every iteration.
+    ``progress`` is called after every iteration. Weights and data are drawn from one stream, in this order: the sign
+    that g takes in the first iterations is a matter of chance and stays, and a positive one fits worse (after 512
+    iterations a loss of 0.052 was seen with g = 0.58; spec 11.5 has 0.036 with g = -0.61).
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = ToyModel(recipe.width).to(device).train()
-    truth = TreeMixture(recipe.classes, device)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    ema = PowerEMA(model.parameters(), [SIGMA_REL])
-    for iteration in range(recipe.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration)
-        loss = score_matching_loss(model, *noisy_batch(truth, BATCH, generator), training=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update(nimg_next=iteration + 1, batch=1)
-        progress()
+        truth = TreeMixture(recipe.classes, device)
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+        ema = PowerEMA(model.parameters(), [SIGMA_REL])
+        for iteration in range(recipe.iterations):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(iteration)
+            loss = score_matching_loss(model, *noisy_batch(truth, BATCH), training=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(nimg_next=iteration + 1, batch=1)
+            progress()
     with torch.no_grad():
         for param, average in zip(model.parameters(), ema.profiles[0], strict=True):
             param.copy_(average)
