@@ -12,16 +12,16 @@ namespace edm2::cuda {
 /// Elements of a chunk: a multiple of every pack.
 inline constexpr int64_t kLossChunk = 4096;
 
-/// Sum over the block, which its first thread gets; values come in a fixed order.
-__device__ inline float sum_over_block(float value) {
-  __shared__ float partial[kWarps];
+/// Sum over the block, which every thread gets; values come in a fixed order. `odd` alternates from call to call: a
+/// thread that is ahead writes where none still reads.
+__device__ inline float sum_over_block(float value, bool odd) {
+  __shared__ float both[2][kWarps];
+  float* partial = both[odd ? 1 : 0];
   value = sum_over_lanes(value, kWarpSize);
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  if (threadIdx.x % kWarpSize == 0) partial[warp] = value;
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   float total = 0.0f;
   for (int i = 0; i < kWarps; ++i) total += partial[i];
-  __syncthreads();  // the next call overwrites `partial`
   return total;
 }
 
@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
                           const float* __restrict__ sigmas, const float* __restrict__ us, T* __restrict__ grad_f,
                           float* __restrict__ squares, Image image, Image raw, int64_t batch, int64_t chunks,
                           double sigma_data, float scale) {
-  for (int64_t index = blockIdx.x; index < batch * chunks; index += gridDim.x) {
+  bool odd = false;
+  for (int64_t index = blockIdx.x; index < batch * chunks; index += gridDim.x, odd = !odd) {
     const int64_t sample = index / chunks;
     const int64_t first = (index - sample * chunks) * kLossChunk;
     const int64_t left = raw.numel() - first;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
       store(grad_f + at, error * grad);
       total += sum(error * error);
     }
-    total = sum_over_block(total);
+    total = sum_over_block(total, odd);
     if (threadIdx.x == 0) squares[index] = total;
   }
 }

@@ -11,8 +11,9 @@ from torch import Tensor
 from edm2ext import reference
 
 SIGMA_DATA, SCALE = 0.4, 0.7
-# Samples of whole packs, samples that are none, several chunks (also a last one of few elements), single elements.
-SHAPES = [(2, 4, 16), (3, 3, 35), (2, 5, 7), (2, 8, 1040), (3, 7, 1171), (1, 1, 4096), (4, 1, 1), (9, 1, 8)]
+# Samples of whole packs, samples that are none, several chunks (also a last one of few elements), single elements, more
+# chunks than blocks.
+SHAPES = [(2, 4, 16), (3, 3, 35), (2, 5, 7), (2, 8, 1040), (3, 7, 1171), (1, 1, 4096), (4, 1, 1), (67, 1, 8)]
 LAYOUTS = {"nchw": False, "nhwc": True}
 
 

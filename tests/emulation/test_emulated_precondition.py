@@ -109,6 +109,19 @@ def _plain(x: Tensor, f: Tensor, sigma: Tensor, grad: Tensor) -> tuple[Tensor, T
     return out.detach()[..., 0], grad_f[..., 0]
 
 
+def test_more_elements_than_threads(library: Library):
+    """Every thread takes several units."""
+    x, sigma = emulated.random_tensor(2, 3, 2801, dtype=torch.float32), sigmas(2)
+    run = partial(scale, library, x, sigma, torch.float16, (False, True), True)
+    (out,) = emulated.under_all_schedules(library, run)
+    expected = reference.precondition_input(x[..., None], sigma, SIGMA_DATA, torch.float16)[..., 0]
+    torch.testing.assert_close(out, expected)
+    (out,) = emulated.under_all_schedules(library, partial(output, library, x, x, sigma, (False, True)))
+    torch.testing.assert_close(
+        out, reference.precondition_output(x[..., None], x[..., None], sigma, SIGMA_DATA)[..., 0]
+    )
+
+
 def test_empty(library: Library):
     before = library.launches()
     for shape in ((0, 3, 4), (2, 3, 0)):

@@ -102,6 +102,14 @@ def test_one_misaligned_tensor(library: Library, name: int):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_more_elements_than_threads(library: Library):
+    """Every thread takes several units."""
+    inputs = arguments((2, 3, 2801), (True, True, True))
+    outputs = emulated.under_all_schedules(library, partial(step, library, inputs, (False, True), torch.float16))
+    for out, truth in zip(outputs, plain(inputs, torch.float32, torch.float16), strict=True):
+        torch.testing.assert_close(out, truth, rtol=2e-3, atol=1e-5)
+
+
 def test_empty(library: Library):
     before = library.launches()
     for shape in ((0, 3, 4), (2, 3, 0)):
