@@ -84,7 +84,9 @@ def test_the_native_library_is_there() -> None:
 
 def test_native_kernels_serve_every_function(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("edm2ext.ops.mp_conv2d"), "_FASTER", True)
-    names = {name.removeprefix("edm2::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("edm2::")}
+    every = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("edm2::")]
+    on_cpu = [name for name in every if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    names = {name.removeprefix("edm2::") for name in on_cpu}
     for choice in ("auto", "native"):
         with edm2ext.set_backend(choice):
             assert _recorded(torch.float32) == names
@@ -203,7 +205,8 @@ def test_the_compiler_keeps_what_a_gpu_runs(two_gpus: None) -> None:
 
 
 def test_reference_and_ops_have_the_same_names() -> None:
-    assert all(callable(getattr(reference, name)) for name in ops.__all__)
+    arguments = {"ModulatedSiLU", "SumWith"}  # of mp_conv2d
+    assert all(callable(getattr(reference, name)) for name in ops.__all__ if name not in arguments)
 
 
 WITHOUT_LIBRARY = """

@@ -15,7 +15,7 @@ from edm2ext.ops.prepared_weight import Gradients, prepared_weight
 from edm2ext.reference import memory_format, product_dtype
 
 _conv_weight_grad = backend.op("conv_weight_grad")
-_SUM_KERNELS = backend.kernels("conv_weight_grad")
+_KERNELS = backend.kernels("conv_weight_grad")
 _LANES = 8  # its input channels come in multiples of this
 # Where it was measured faster than the library's (1.4 to 2 times).
 _FASTER = _library.build_info()["cpu_isa"] == "avx2"
@@ -28,7 +28,7 @@ _mp_conv2d_sum = backend.op("mp_conv2d_sum")
 _mp_silu_modulated_backward = backend.op("mp_silu_modulated_backward")
 _mp_sum_backward = backend.op("mp_sum_backward")
 _effective_weight_backward = backend.op("effective_weight_backward")
-_KERNELS = backend.kernels(
+_TENSOR_CORES = backend.kernels(
     "mp_conv2d",
     "mp_conv2d_backward_input",
     "mp_conv2d_backward_weight",
@@ -138,7 +138,7 @@ def _summed_natively(x: Tensor, kernel: Tensor, options: tuple[object, ...]) -> 
         and size % 2 == 1
         and x.shape[1] % _LANES == 0
         and memory_format(x) == torch.channels_last
-        and backend.native(x, _SUM_KERNELS)
+        and backend.native(x, _KERNELS)
         and not torch.compiler.is_compiling()
     )
 
@@ -196,7 +196,7 @@ def _has_kernel(
     out, channels, height, width = w.shape
     return (
         dtype in (torch.float16, torch.bfloat16)
-        and backend.native(x, _KERNELS)
+        and backend.native(x, _TENSOR_CORES)
         and memory_format(x) == torch.channels_last
         and out % _CHANNELS == 0
         and channels % _CHANNELS == 0
