@@ -69,6 +69,11 @@ UNNOTICEABLE: list[tuple[str, str, str]] = [
         r"^sync\(\); => ;$",
         "the shuffles before it order a warp's threads in the emulation; on a GPU they do not order memory",
     ),
+    (
+        "resample_down_pixel_norm.cuh",
+        r"if \(groups\.lane != 0\) rms\[index\]",
+        "the sum over a warp is the same in all of its lanes: any may store it",
+    ),
     ("normalize_weight.cu", r"if \(count < kFew\)", "the large table also takes so few"),
     ("normalize_weight.cu", r"first <= count; first \+= kMany", "one more table, an empty one, is not launched"),
     (

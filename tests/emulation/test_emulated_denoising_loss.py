@@ -59,8 +59,16 @@ def library() -> Library:
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(library: Library, shape: tuple[int, ...], dtype: torch.dtype, layout: str, f_layout: str):
+    check(library, shape, dtype, (LAYOUTS[layout], LAYOUTS[f_layout]))
+
+
+def test_more_chunks_than_blocks(library: Library):
+    check(library, (70, 1, 1024), torch.float32, (False, True))  # elements for every warp
+
+
+def check(library: Library, shape: tuple[int, ...], dtype: torch.dtype, layouts: tuple[bool, bool]) -> None:
+    """Loss and gradients under all schedules, aligned and not."""
     inputs = arguments(shape, dtype)
-    layouts = LAYOUTS[layout], LAYOUTS[f_layout]
     rounded, exact = plain(inputs), plain([t.double() for t in inputs])
     for offset in (0, 1):
         outputs = emulated.under_all_schedules(library, partial(run, library, inputs, layouts, offset))

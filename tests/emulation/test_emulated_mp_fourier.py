@@ -103,3 +103,10 @@ def test_nothing_to_sum(library: Library):
     _, *grads = backward(library, torch.empty(0, 3), nothing, torch.ones(3), torch.ones(3))
     assert all(torch.equal(grad, torch.zeros(3)) for grad in grads)
     assert forward(library, nothing, torch.ones(3), torch.ones(3))[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(0, 3), (3, 0)])
+def test_nothing_to_launch(library: Library, batch: int, channels: int):
+    before = library.launches()
+    assert forward(library, torch.ones(batch), torch.ones(channels), torch.ones(channels))[0].shape == (batch, channels)
+    assert library.launches() == before
