@@ -42,6 +42,7 @@ def run_mutate(*arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_every_barrier_and_a_fault_in_every_kernel_file():
     """A quick look that the tests of every family notice something; those below look closer, mutate.py at all."""
     table = run_mutate(
