@@ -23,8 +23,8 @@ from python_train.data import DIGITS, Encoder, open_dataset, open_encoder
 from python_train.generate import generate_batch
 from python_train.loss import EDM2Loss
 from python_train.network import Precond
+from python_train.pictures import SweepPoint, image_grid, plot_ema_sweep, plot_loss, read_stats, save_png
 from python_train.reconstruct import find_snapshots, reconstruct
-from python_train.report import SweepPoint, image_grid, plot_ema_sweep, plot_loss, read_stats, save_png
 
 SIGMA_RELS = (0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
 NEEDED_ACCURACY, AIMED_ACCURACY = 0.95, 0.97

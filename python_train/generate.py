@@ -24,8 +24,8 @@ from python_train.data import Encoder
 from python_train.guidance import Guide, Interval, blended_weights
 from python_train.image_job import GuideFile, Job, folders_of, save_image
 from python_train.network import Precond
+from python_train.pictures import image_grid, save_png
 from python_train.presets import find_preset
-from python_train.report import image_grid, save_png
 from python_train.sample import SOLVERS, SeededRandom, sample
 from python_train.world import World, open_world
 

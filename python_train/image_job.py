@@ -22,7 +22,7 @@ from python_train.checkpoint import atomic_write, load_snapshot, read_header, wr
 from python_train.data import open_encoder
 from python_train.guidance import Guide, Interval
 from python_train.network import Precond
-from python_train.report import save_png, to_pillow
+from python_train.pictures import save_png, to_pillow
 from python_train.sample import sample
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"

@@ -1,185 +1,228 @@
-"""Pictures of a run: labelled image grids (Pillow) and curves (matplotlib), each written atomically as PNG."""
+"""One self-contained HTML page about a run: ``python -m python_train.report RUN`` (curves, pictures, settings)."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import html
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
+import click
+import matplotlib
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 
-from python_train.checkpoint import atomic_write
+from python_train import UserError, checkpoint
+from python_train.pictures import BLUE, GREY, ORANGE, read_stats
 
-MIN_TILE = 64  # pixels; images smaller than this are enlarged by a whole factor so that they can be seen
-INK, PAPER, LINES = (32, 32, 32), (255, 255, 255), (90, 110, 150)  # lines unlike black, white or skin: tiles stay apart
-BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a202c; --paper: #ffffff; --soft: #718096; --line: #e2e8f0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e2e8f0; --paper: #171923; --soft: #a0aec0; --line: #2d3748; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 74rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.soft { color: var(--soft); } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots > * { flex: 1 1 30rem; background: #ffffff; border: 1px solid var(--line); border-radius: 6px; }
+svg, img { max-width: 100%; height: auto; } img { image-rendering: auto; border-radius: 6px; }
+figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; padding: .2rem .5rem; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0;
+        border-bottom: 1px solid var(--line); vertical-align: top; } td.number { text-align: right; }
+pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); border-radius: 6px; padding: .7rem; }
+.warning { color: #c05621; }
+"""
+_MAGNITUDE = re.compile(r"Magnitude/(.+)/(activations|weights)_(max|mean)")
 
 
-def save_png(path: Path, image: Image.Image) -> None:
-    """Write a Pillow image to path atomically; OSError if the disk refuses."""
-    with atomic_write(path) as temp:
-        image.save(temp, format="PNG")
+def write_page(run_dir: Path, path: Path) -> None:
+    """Write the page about the run in ``run_dir`` to ``path``, whole or not at all.
 
-
-def to_pillow(image: np.ndarray) -> Image.Image:
-    """Pillow image of a uint8 array [C,H,W]: grey, grey + alpha, RGB or RGBA for C = 1 to 4; ValueError otherwise."""
-    if image.dtype != np.uint8 or image.ndim != 3 or not 1 <= image.shape[0] <= 4:
-        raise ValueError(f"to_pillow: expected uint8 [1 to 4,H,W], got {image.dtype} {list(image.shape)}")
-    return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
-
-
-def image_grid(
-    images: np.ndarray,
-    row_labels: Sequence[str] = (),
-    title: str = "",
-    columns_per_group: int | None = None,
-    smooth: bool = False,
-) -> Image.Image:
-    """Draw images as a table with a label at the left of each row.
-
-    Args:
-        images: uint8 [rows, columns, C, H, W], C = 1 to 4; small ones are enlarged by a whole factor.
-        row_labels: one per row, or none.
-        title: a line above the table.
-        columns_per_group: leave a wider gap after every so many columns.
-        smooth: enlarge with bicubic interpolation, which the eye reads more easily, instead of showing pixels.
-
-    Raises ValueError if shapes, dtype or the number of labels do not fit.
+    Raises UserError if the directory holds no run, and OSError if the page cannot be written.
     """
-    if images.ndim != 5 or 0 in images.shape:
-        raise ValueError(f"image_grid: expected images [rows,columns,C,H,W], got {list(images.shape)}")
-    rows, columns, _, height, width = images.shape
-    if row_labels and len(row_labels) != rows:
-        raise ValueError(f"image_grid: {len(row_labels)} labels for {rows} rows")
-    scale = max(1, -(-MIN_TILE // min(height, width)))
-    tile_width, tile_height = width * scale, height * scale
-    line, margin = max(2, tile_width // 32), 12
-    group = columns_per_group or columns
-    group_width = group * (tile_width + line) + line
-    font = ImageFont.load_default(size=max(14, min(24, tile_height // 3)))
-    label_width = max((int(font.getlength(label)) + margin for label in row_labels), default=0)
-    left, top = margin + label_width, margin + (2 * int(font.size) if title else 0)
-    groups = -(-columns // group)
-    last_width = (columns - (groups - 1) * group) * (tile_width + line) + line
-    right = left + (groups - 1) * (group_width + margin) + last_width
-    bottom = top + rows * (tile_height + line) + line
-
-    resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    canvas = Image.new("RGB", (max(right, margin + int(font.getlength(title))) + margin, bottom + margin), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((margin, (top + margin // 2) // 2), title, INK, font, anchor="lm")
-    for first in range(0, columns, group):
-        group_left = left + first // group * (group_width + margin)
-        members = range(first, min(first + group, columns))
-        draw.rectangle((group_left, top, group_left + len(members) * (tile_width + line) + line - 1, bottom - 1), LINES)
-        for row in range(rows):
-            for column in members:
-                tile = to_pillow(images[row, column]).resize((tile_width, tile_height), resampling)
-                x = group_left + line + (column - first) * (tile_width + line)
-                canvas.paste(tile, (x, top + line + row * (tile_height + line)))
-    for row, label in enumerate(row_labels):
-        y = top + line + row * (tile_height + line) + tile_height // 2
-        draw.text((left - margin // 2, y), label, INK, font, anchor="rm")
-    return canvas
+    checkpoint.write_text(path, page(run_dir))
 
 
-def read_stats(path: Path) -> list[dict[str, float]]:
-    """Entries of a stats.jsonl file in order of training progress.
-
-    After a resume the same point may occur twice (the later entry counts), and a killed run may leave half a line
-    (which is left out). Raises OSError if the file cannot be read.
-    """
-    entries = [entry for line in path.read_text().splitlines() if (entry := _parse_line(line)) is not None]
-    latest = {entry["Progress/kimg"]: entry for entry in entries}
-    return [latest[kimg] for kimg in sorted(latest)]
-
-
-def _parse_line(line: str) -> dict[str, float] | None:
+def page(run_dir: Path) -> str:
+    """The page as HTML; everything it shows is inside of it."""
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return entry if isinstance(entry, dict) and "Progress/kimg" in entry else None
+        description = json.loads((run_dir / "options.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} holds no run: there is no options.json") from None
+    except ValueError as error:
+        raise UserError(f"{run_dir / 'options.json'} is damaged ({error})") from error
+    stats_file = run_dir / "stats.jsonl"
+    stats = read_stats(stats_file) if stats_file.exists() else []
+    title = html.escape(run_dir.resolve().name)
+    body = "\n".join(
+        (
+            f"<h1>{title}</h1>",
+            f'<p class="soft">{html.escape(_summary(description, stats))}</p>',
+            *_warnings(run_dir),
+            *_section("Curves", [_svg(figure) for figure in _curves(stats)]),
+            *_section("Magnitudes by resolution", [_svg(figure) for figure in _magnitudes(stats)]),
+            *_section("Pictures", [_picture(file) for file in sorted(run_dir.glob("*.png"))]),
+            *_sweep(run_dir),
+            "<h2>Snapshots</h2>",
+            _table(("file", "images", "sigma_rel", "MB"), list(_snapshots(run_dir))),
+            "<h2>Settings</h2>",
+            _table(("name", "value"), list(_flat(description))),
+        )
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n<body>\n{body}\n'
+        "</body></html>\n"
+    )
 
 
-def _new_figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(7, 1 + 2.3 * panels), dpi=110, layout="constrained")
-    figure.suptitle(title)
-    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-    for ax in axes:
-        ax.grid(True, color="#e2e8f0")
-        ax.spines[["top", "right"]].set_visible(False)
+def _summary(description: dict[str, Any], stats: Sequence[dict[str, float]]) -> str:
+    options = description.get("options", {})
+    if not stats:
+        return f"{options.get('data', '?')}: no statistics yet"
+    last = stats[-1]
+    hours, minutes = divmod(round(last.get("Timing/total_sec", 0) / 60), 60)
+    duration = options.get("duration", 0)
+    done = f"{100 * last['Progress/kimg'] * 1000 / duration:.0f} % of {duration:,}" if duration else ""
+    return (
+        f"{options.get('data', '?')}: {last['Progress/kimg'] * 1000:,.0f} images ({done}), "
+        f"{hours}:{minutes:02d} hours, loss {last.get('Loss/loss', math.nan):.4f}"
+    )
+
+
+def _warnings(run_dir: Path) -> Iterator[str]:
+    """The warnings of the log, the newest last."""
+    log = run_dir / "log.txt"
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if "WARNING" in line] if log.exists() else []
+    if lines:
+        yield f"<h2>Warnings ({len(lines)})</h2>"
+        yield "".join(f'<div class="warning">{html.escape(line)}</div>' for line in lines[-20:])
+
+
+def _section(title: str, parts: Sequence[str]) -> Iterator[str]:
+    if parts:
+        yield f'<h2>{title}</h2>\n<div class="plots">{"".join(parts)}</div>'
+
+
+def _figure(ylabel: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(True, color="#e2e8f0")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("images seen (thousands)")
+    axes.set_ylabel(ylabel)
     return figure, axes
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a matplotlib figure to path as PNG, atomically."""
-    with atomic_write(path) as temp:
-        figure.savefig(temp, format="png")
+def _series(stats: Sequence[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    points = [(entry["Progress/kimg"], entry[key]) for entry in stats if math.isfinite(entry.get(key, math.nan))]
+    return [x for x, _ in points], [y for _, y in points]
 
 
-def plot_loss(path: Path, stats: Sequence[dict[str, float]], title: str = "Training") -> None:
-    """Plot loss and learning rate against images seen, from the entries of stats.jsonl."""
-    points = [entry for entry in stats if np.isfinite(entry.get("Loss/loss", np.nan))]
-    kimg = [entry["Progress/kimg"] for entry in points]
-    figure, (loss_ax, rate_ax) = _new_figure(title, 2)
-    loss_ax.plot(kimg, [entry["Loss/loss"] for entry in points], ".-", color=BLUE)
-    loss_ax.set_ylabel("loss (mean per pixel)")
-    rate_ax.plot(kimg, [entry.get("Loss/learning_rate", np.nan) for entry in points], ".-", color=ORANGE)
-    rate_ax.set_ylabel("learning rate")
-    rate_ax.set_ylim(bottom=0)
-    rate_ax.set_xlabel("images seen (thousands)")
-    save_figure(path, figure)
+def _curves(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
+    curves = [("Loss/loss", "loss (mean per pixel)", BLUE), ("Loss/learning_rate", "learning rate", ORANGE)]
+    for key, label, color in curves:
+        x, y = _series(stats, key)
+        if x:
+            figure, axes = _figure(label)
+            axes.plot(x, y, ".-", color=color, linewidth=1, markersize=3)
+            yield figure
+    x, y = _series(stats, "Timing/sec_per_kimg")
+    if x:
+        figure, axes = _figure("images per second")
+        axes.plot(x, [1000 / seconds if seconds else math.nan for seconds in y], ".-", color=GREY, linewidth=1)
+        axes.set_ylim(bottom=0)
+        yield figure
 
 
-@dataclass(frozen=True)
-class SweepPoint:
-    """What one post-hoc EMA length gives."""
+def _magnitudes(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
+    """As Figs. 3 and 15 of the paper: activations and weights, largest and mean, a line for each resolution."""
+    keys = list(dict.fromkeys(key for entry in stats for key in entry if _MAGNITUDE.fullmatch(key)))
+    for kind in ("activations", "weights"):
+        for which in ("max", "mean"):
+            chosen = [key for key in keys if key.endswith(f"/{kind}_{which}")]
+            if chosen:
+                figure, axes = _figure(f"{kind}, {'largest' if which == 'max' else 'mean'} magnitude")
+                for key in chosen:
+                    name = _MAGNITUDE.fullmatch(key)[1]  # type: ignore[index]
+                    axes.plot(*_series(stats, key), linewidth=1.2, label=name)
+                axes.set_ylim(bottom=0)
+                axes.legend(frameon=False, fontsize="small", ncols=2)
+                yield figure
 
-    sigma_rel: float
-    loss: float  # training loss with these weights, on the training images
-    accuracy: float  # of a classifier on generated images, 0..1
-    images: int  # that were generated for it
-    nearest: float  # median distance of a generated image to the nearest training image
 
-    @property
-    def accuracy_error(self) -> float:
-        """Standard error of the accuracy: a difference smaller than this says nothing."""
-        return float(np.sqrt(self.accuracy * (1 - self.accuracy) / self.images))
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "edm2ext", "svg.fonttype": "none"}):  # the same page every time
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
 
 
-def plot_ema_sweep(
-    path: Path,
-    sweep: Sequence[SweepPoint],
-    chosen: float,
-    needed_accuracy: float,
-    real_nearest: float,
-    title: str = "EMA length, chosen after training",
-) -> None:
-    """Plot loss, accuracy with its standard error, and nearest-neighbour distance against the EMA length sigma_rel."""
-    points = sorted(sweep, key=lambda point: point.sigma_rel)
-    sigma_rel = [point.sigma_rel for point in points]
-    figure, (loss_ax, accuracy_ax, nearest_ax) = _new_figure(title, 3)
-    for ax in (loss_ax, accuracy_ax, nearest_ax):
-        ax.axvline(chosen, color=ORANGE, linewidth=1, label=f"chosen: {chosen:g}" if ax is loss_ax else None)
-    loss_ax.plot(sigma_rel, [point.loss for point in points], "o-", color=BLUE)
-    loss_ax.set_ylabel("loss on training images\n(mean per pixel)")
-    accuracy = np.array([100 * point.accuracy for point in points])
-    errors = np.array([100 * point.accuracy_error for point in points])
-    label = f"{points[0].images} images each, ± standard error"
-    accuracy_ax.errorbar(sigma_rel, accuracy, errors, fmt="o-", color=BLUE, capsize=3, label=label)
-    accuracy_ax.axhline(100 * needed_accuracy, color=GREY, linestyle="--", label=f"needed: {100 * needed_accuracy:g} %")
-    accuracy_ax.set_ylim(min(90, (accuracy - errors).min() - 3), 100.5)
-    accuracy_ax.set_ylabel("generated images taken\nfor their class (%)")
-    nearest_ax.plot(sigma_rel, [point.nearest for point in points], "o-", color=BLUE, label="generated to real")
-    nearest_ax.axhline(real_nearest, color=GREY, linestyle="--", label="real to other real")
-    nearest_ax.set_ylim(0, 1.3 * max(real_nearest, *(point.nearest for point in points)))
-    nearest_ax.set_ylabel("median distance to nearest\nreal image (pixels 0..16)")
-    nearest_ax.set_xlabel("EMA length σ_rel (width of the averaging profile / training time)")
-    for ax in (loss_ax, accuracy_ax, nearest_ax):
-        ax.legend(frameon=False)
-    save_figure(path, figure)
+def _picture(file: Path) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    name = html.escape(file.name)
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
+
+
+def _sweep(run_dir: Path) -> Iterator[str]:
+    """The table of EMA lengths that a demo leaves behind."""
+    file = run_dir / "report.json"
+    if not file.exists():
+        return
+    points = json.loads(file.read_text(encoding="utf-8")).get("sweep", [])
+    if points:
+        yield "<h2>EMA lengths</h2>"
+        yield _table(tuple(points[0]), [tuple(point.values()) for point in points])
+
+
+def _snapshots(run_dir: Path) -> Iterator[tuple[Any, ...]]:
+    for file in sorted(run_dir.glob("*.safetensors")):
+        header: dict[str, Any] = {}
+        with contextlib.suppress(UserError):
+            header = checkpoint.read_header(file)
+        size = round(file.stat().st_size / 1e6, 1)
+        yield file.name, header.get("nimg", "unreadable"), header.get("sigma_rel", ""), size
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, member in value.items():
+            yield from _flat(member, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, json.dumps(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        text = f"{value:,}" if isinstance(value, int) and number else f"{value:.4g}" if number else str(value)
+        return f'<td class="number">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
+
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+    lines += ["".join(map(cell, row)) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. [default: RUN/report.html]"
+)
+def main(run: Path, out: Path | None) -> None:
+    """Write one HTML page about the run in directory RUN: curves, magnitudes, pictures, EMA lengths, snapshots and
+    settings. It needs no network and no other file, and may be written while the run goes on."""
+    path = out or run / "report.html"
+    try:
+        write_page(run, path)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    click.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

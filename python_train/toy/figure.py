@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from python_train.report import BLUE, GREY, ORANGE, save_figure
+from python_train.pictures import BLUE, GREY, ORANGE, save_figure
 from python_train.toy.distribution import TreeMixture
 from python_train.toy.evaluate import outline_level
 from python_train.toy.model import ToyModel

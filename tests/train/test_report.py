@@ -1,122 +1,81 @@
-"""Grids and curves: what is drawn where, and that files are whole."""
+"""The page about a run: self-contained, whole, and honest about what is missing."""
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from python_train.report import (
-    LINES,
-    PAPER,
-    SweepPoint,
-    image_grid,
-    plot_ema_sweep,
-    plot_loss,
-    read_stats,
-    save_png,
-    to_pillow,
-)
+from python_train import UserError, report
+from python_train.report import main, write_page
 
 
-def tiles_of(canvas: Image.Image, value: tuple[int, int, int]) -> int:
-    return int((np.asarray(canvas) == value).all(axis=-1).sum())
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "a <run>"
+    folder.mkdir()
+    options = {"options": {"data": "digits", "duration": 4096, "lr": 0.01}, "network": {"model_channels": 8}}
+    (folder / "options.json").write_text(json.dumps(options))
+    lines = [
+        {
+            "Progress/kimg": 0.512 * i,
+            "Loss/loss": 1 / (i + 1) if i else float("nan"),
+            "Loss/learning_rate": 0.01,
+            "Timing/sec_per_kimg": 2.5,
+            "Timing/total_sec": 60.0 * i,
+            **{
+                f"Magnitude/Enc 8/{kind}_{which}": 1.0 + i
+                for kind in ("activations", "weights")
+                for which in ("max", "mean")
+            },
+        }
+        for i in range(5)
+    ]
+    (folder / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text("kimg 1\nWARNING: weights of <layer> drift\n")
+    (folder / "network-snapshot-0000002-0.050.safetensors").write_bytes(b"no snapshot")
+    Image.new("RGB", (20, 10), (10, 200, 30)).save(folder / "grid.png")
+    return folder
 
 
-def test_grid_shows_every_image_enlarged_by_a_whole_factor() -> None:
-    rows, columns = 3, 5
-    shade = np.arange(1, rows * columns + 1, dtype=np.uint8).reshape(rows, columns, 1, 1, 1) * 7
-    images = np.broadcast_to(shade, (rows, columns, 1, 8, 8)).copy()
-    canvas = image_grid(images)
-    assert all(tiles_of(canvas, (value,) * 3) == 64 * 64 for value in shade.flatten().tolist())
-    pixels = np.asarray(canvas)
-    for row in range(rows):  # each row from left to right, rows from top to bottom
-        y = [np.argwhere((pixels == int(shade[row, column, 0, 0, 0])).all(axis=-1)) for column in range(columns)]
-        assert all(a[:, 1].max() < b[:, 1].min() for a, b in pairwise(y))
-        assert len({int(a[:, 0].min()) for a in y}) == 1
+def test_page(run: Path) -> None:
+    text = report.page(run)
+    assert text.startswith("<!doctype html>")
+    assert text.count("<svg") == 3 + 4  # loss, learning rate, speed; magnitudes of two kinds, largest and mean
+    assert "data:image/png;base64,iVBOR" in text
+    assert "<h1>a &lt;run&gt;</h1>" in text
+    assert "2,048 images (50 % of 4,096), 0:04 hours, loss 0.2000" in text
+    assert "WARNING: weights of &lt;layer&gt; drift" in text
+    assert "<td>options.lr</td><td>0.01</td>" in text
+    assert re.search(r"network-snapshot-0000002-0\.050\.safetensors</td><td>unreadable", text)
+    fetched = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:|#)([^"')\s>]+)""", text)
+    assert not fetched, fetched  # opens offline
 
 
-def test_grid_without_smoothing_keeps_pixels() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (1, 1, 3, 8, 8), dtype=np.uint8)
-    canvas = np.asarray(image_grid(image))
-    corner = np.argwhere((canvas == LINES).all(axis=-1)).min(axis=0) + 2
-    tile = canvas[corner[0] : corner[0] + 64, corner[1] : corner[1] + 64]
-    assert np.array_equal(tile[3::8, 3::8], image[0, 0].transpose(1, 2, 0))
-    smooth = np.asarray(image_grid(image, smooth=True))
-    assert smooth.shape == canvas.shape
-    assert not np.array_equal(smooth, canvas)
+def test_a_run_that_has_just_begun(run: Path) -> None:
+    for name in ("stats.jsonl", "log.txt", "grid.png"):
+        (run / name).unlink()
+    text = report.page(run)
+    assert "no statistics yet" in text
+    assert "<svg" not in text
 
 
-def test_labels_title_and_groups_get_room() -> None:
-    images = np.zeros((2, 4, 3, 70, 90), dtype=np.uint8)
-    plain = image_grid(images)
-    assert plain.height < image_grid(images, title="Title").height
-    assert plain.width < image_grid(images, row_labels=["zero", "one"]).width
-    grouped = image_grid(images, columns_per_group=2)
-    assert grouped.width > plain.width
-    middle = np.asarray(grouped)[grouped.height // 2]
-    paper = np.flatnonzero((middle == PAPER).all(axis=-1))
-    assert any(grouped.width // 3 < x < 2 * grouped.width // 3 for x in paper), "no gap between the groups"
-    assert image_grid(images[:, :3], columns_per_group=2).width < grouped.width
-    wide_title = image_grid(images[:1, :1], title="a title much wider than the only image")
-    assert wide_title.width > image_grid(images[:1, :1]).width
+def test_command(run: Path) -> None:
+    result = CliRunner().invoke(main, [str(run)])
+    assert result.exit_code == 0, result.output
+    assert (run / "report.html").read_text() == report.page(run)
+    assert f"wrote {run / 'report.html'}" in result.output
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_every_channel_count_can_be_saved(channels: int, tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (channels, 5, 6), dtype=np.uint8)
-    save_png(tmp_path / "image.png", to_pillow(image))
-    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
-    back = np.asarray(Image.open(tmp_path / "image.png")).reshape(5, 6, channels)
-    assert np.array_equal(back, image.transpose(1, 2, 0))
-    image_grid(image[None, None])
-
-
-def test_wrong_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected uint8 \[1 to 4,H,W\], got float32 \[1, 2, 2\]"):
-        to_pillow(np.zeros((1, 2, 2), dtype=np.float32))
-    with pytest.raises(ValueError, match=r"got uint8 \[5, 2, 2\]"):
-        to_pillow(np.zeros((5, 2, 2), dtype=np.uint8))
-    with pytest.raises(ValueError, match="expected images"):
-        image_grid(np.zeros((2, 1, 8, 8), dtype=np.uint8))
-    with pytest.raises(ValueError, match="3 labels for 2 rows"):
-        image_grid(np.zeros((2, 1, 1, 8, 8), dtype=np.uint8), ["a", "b", "c"])
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "missing" / "image.png"
-    with pytest.raises(OSError, match=r"image\.png"):
-        save_png(target, to_pillow(np.zeros((1, 2, 2), dtype=np.uint8)))
-    assert not list(tmp_path.iterdir())
-
-
-def test_stats_survive_a_kill_and_a_resume(tmp_path: Path) -> None:
-    entries = [{"Progress/kimg": kimg, "Loss/loss": loss} for kimg, loss in ((0, 3), (1, 2), (2, 1), (1, 5), (2, 4))]
-    lines = [json.dumps(entry) for entry in entries]
-    lines.insert(3, '{"Progress/kimg": 3, "Loss/lo')
-    lines.insert(1, json.dumps({"timestamp": 0}))
-    path = tmp_path / "stats.jsonl"
-    path.write_text("\n".join(lines))
-    assert [(entry["Progress/kimg"], entry["Loss/loss"]) for entry in read_stats(path)] == [(0, 3), (1, 5), (2, 4)]
-
-
-def test_plots_are_whole_pictures(tmp_path: Path) -> None:
-    stats = [{"Progress/kimg": float(i), "Loss/loss": 1 / (i + 1), "Loss/learning_rate": 0.01} for i in range(9)]
-    stats[0]["Loss/loss"] = float("nan")  # nothing was trained before the first report
-    plot_loss(tmp_path / "loss.png", stats)
-    plot_loss(tmp_path / "empty.png", [])
-    sweep = [SweepPoint(width, -width, 0.9 + width, 100, 20) for width in (0.05, 0.02)]
-    plot_ema_sweep(tmp_path / "sweep.png", sweep, 0.05, 0.95, 16.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "loss.png", "sweep.png"]
-    for path in tmp_path.iterdir():
-        with Image.open(path) as image:
-            image.load()
-            assert min(image.size) > 400
-
-
-def test_accuracy_error_is_binomial() -> None:
-    assert SweepPoint(0.1, 0, 0.9, 100, 0).accuracy_error == pytest.approx(0.03)
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run: there is no options\.json"):
+        write_page(tmp_path, tmp_path / "report.html")
+    (tmp_path / "options.json").write_text("{")
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert "options.json is damaged" in result.output
+    assert not (tmp_path / "report.html").exists()
