@@ -1,0 +1,85 @@
+"""Command line of the data sets: ``python -m python_train.data``."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from python_train import UserError
+from python_train.data.convert import convert
+from python_train.data.transforms import TRANSFORMS, Size
+
+_SETTINGS: dict[str, Any] = {"max_content_width": 120}
+_PATH = click.Path(path_type=Path)
+
+
+class _Resolution(click.ParamType):
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Size:
+        match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", str(value))
+        if match is None:
+            self.fail(f"expected a side such as 64, or width x height such as 96x64, got {value!r}", param, ctx)
+        return int(match[1]), int(match[2] or match[1])
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turn errors that a person can act on into a message without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        hint = " (the disk is full)" if error.errno == errno.ENOSPC else ""
+        raise click.ClickException(f"{error}{hint}") from error
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted") from None
+
+
+@click.group(context_settings=_SETTINGS)
+def main() -> None:
+    """Make, check and describe data sets for training.
+
+    A data set is a ZIP or folder of uncompressed PNG images, or of .npy latents, with a dataset.json.
+    """
+
+
+@main.command("convert", context_settings=_SETTINGS)
+@click.argument("source", type=_PATH)
+@click.argument("dest", type=_PATH)
+@click.option("--resolution", "size", type=_Resolution(), help="Size of the result. [the images' own]")
+@click.option("--transform", type=click.Choice(TRANSFORMS), default="none", show_default=True, help="none: resize the "
+              "whole image. center-crop: its central square. center-crop-wide: central rows on a black square. "
+              "center-crop-dhariwal: the central square as in the papers on ImageNet.")  # fmt: skip
+@click.option("--max-images", type=click.IntRange(min=1), help="Take only so many images, the first by name.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [one per processor]")
+def _convert(source: Path, dest: Path, **options: Any) -> None:
+    """Make the data set DEST, a ZIP if its name ends so, of the images in SOURCE, a folder or ZIP.
+
+    Labels come from SOURCE's dataset.json, or from the names of its top-level folders if there are several. DEST
+    appears when it is whole; after an interruption the same command goes on from where it was.
+
+    \b
+    Photographs in class folders, for the 64x64 presets:
+      python -m python_train.data convert photos/ photos64.zip --transform center-crop-dhariwal --resolution 64
+    """
+    with _reported():
+        result = convert(source, dest, progress=sys.stderr.isatty(), **options)
+        width, height = result.size
+        click.echo(f"{dest}: {result.written} images of {width}x{height} (width x height), labels: {result.label_kind}")
+        if result.skipped:
+            click.echo(f"left out {result.skipped} images that are too small")
+        if result.remark:
+            click.echo(f"WARNING: {result.remark}", err=True)
+
+
+if __name__ == "__main__":
+    main()
