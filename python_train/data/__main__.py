@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from python_train import UserError
+from python_train.data.check import check
 from python_train.data.convert import convert
+from python_train.data.statistics import measure, store
 from python_train.data.transforms import TRANSFORMS, Size
 
 _SETTINGS: dict[str, Any] = {"max_content_width": 120}
@@ -79,6 +81,39 @@ def _convert(source: Path, dest: Path, **options: Any) -> None:
             click.echo(f"left out {result.skipped} images that are too small")
         if result.remark:
             click.echo(f"WARNING: {result.remark}", err=True)
+
+
+@main.command("check", context_settings=_SETTINGS)
+@click.argument("data", type=_PATH)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [one per processor]")
+def _check(data: Path, workers: int | None) -> None:
+    """Read all of DATA, and name every item that is unreadable, of another shape than most, or mislabelled.
+
+    Exit code 1 if there is any.
+    """
+    with _reported():
+        report = check(data, workers, progress=sys.stderr.isatty())
+        for name, reason in report.problems:
+            click.echo(f"{name}: {reason}")
+        click.echo(f"{data}: {report.items} items, {report.description}; {len(report.problems)} problems")
+        if report.problems:
+            sys.exit(1)
+
+
+@main.command("stats", context_settings=_SETTINGS)
+@click.argument("data", type=_PATH)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [one per processor]")
+def _stats(data: Path, workers: int | None) -> None:
+    """Measure mean and standard deviation of each channel of DATA, and store them in its dataset.json.
+
+    Training whitens latents by them. Latents of four channels without stored statistics are whitened by those of
+    ImageNet, as published. Pixels are not whitened.
+    """
+    with _reported():
+        statistics = measure(data, workers, progress=sys.stderr.isatty())
+        store(data, statistics)
+        for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
+            click.echo(f"channel {channel}: mean {mean:.6g}, std {std:.6g}")
 
 
 if __name__ == "__main__":

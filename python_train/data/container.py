@@ -195,7 +195,8 @@ class Source:
 
 
 def _is_hidden(name: str) -> bool:
-    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
 
 
 def _link_problem(entry: os.DirEntry[str], root: str) -> str | None:
