@@ -14,11 +14,13 @@ import click
 
 from python_train import UserError
 from python_train.data.check import check
+from python_train.data.container import Statistics
 from python_train.data.convert import convert
 from python_train.data.recipes import RECIPES, build
 from python_train.data.statistics import measure, store
 from python_train.data.transforms import TRANSFORMS, Size
 
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 _SETTINGS: dict[str, Any] = {"max_content_width": 120}
 _PATH = click.Path(path_type=Path)
 
@@ -45,6 +47,11 @@ def _reported() -> Iterator[None]:
         raise click.ClickException(f"{error}{hint}") from error
     except KeyboardInterrupt:
         raise click.ClickException("interrupted") from None
+
+
+def _echo_statistics(statistics: Statistics) -> None:
+    for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
+        click.echo(f"channel {channel}: mean {mean:.6g}, std {std:.6g}")
 
 
 @click.group(context_settings=_SETTINGS)
@@ -113,8 +120,39 @@ def _stats(data: Path, workers: int | None) -> None:
     with _reported():
         statistics = measure(data, workers, progress=sys.stderr.isatty())
         store(data, statistics)
-        for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
-            click.echo(f"channel {channel}: mean {mean:.6g}, std {std:.6g}")
+        _echo_statistics(statistics)
+
+
+@main.command("encode", context_settings=_SETTINGS)
+@click.argument("source", type=_PATH)
+@click.argument("dest", type=_PATH)
+@click.option(
+    "--vae", default=DEFAULT_VAE, show_default=True, help="A VAE of diffusers: its name on the hub, or a folder."
+)
+@click.option("--subfolder", help="Where in it the VAE is, such as vae.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time.")
+@click.option("--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that read ahead.")
+@click.option("--imagenet-stats", "imagenet_statistics", is_flag=True, help="Store ImageNet's published statistics "
+              "instead of the data's own: for networks that were trained with them.")  # fmt: skip
+@click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
+def _encode(source: Path, dest: Path, vae: str, subfolder: str | None, device: str | None, **options: Any) -> None:
+    """Make the data set DEST of the latents of SOURCE, a data set of RGB images: mean and standard deviation of the
+    posterior that a VAE gives each image in [0, 1].
+
+    Under torchrun the processes share the work. Keep SOURCE: metrics need its pixels.
+    """
+    from python_train.data.latents import encode, open_vae
+    from python_train.loop import open_world
+
+    with _reported(), open_world(device) as world:
+        model = open_vae(vae, subfolder)
+        result = encode(source, dest, model, vae, world=world, progress=sys.stderr.isatty(), **options)
+        if result is None:
+            return
+        click.echo(f"{dest}: {result.written} items of {list(result.shape)} float32")
+        _echo_statistics(result.statistics)
+        if result.remark:
+            click.echo(f"WARNING: {result.remark}", err=True)
 
 
 @main.command("recipe", context_settings=_SETTINGS)

@@ -60,7 +60,7 @@ def convert(
     names = [name for name in source.names if name != INDEX][:max_images]
     if not names:
         raise UserError(f"no images (.png, .jpg, ...) in {source.path}")
-    labels, class_names, remark = _labels(source, names)
+    labels, class_names, remark = find_kept_labels(source, names)
     with Staging(dest) as staging:
         chunks, tasks = [], []
         for number, part in enumerate(chunked(names, CHUNK)):
@@ -100,7 +100,9 @@ def _is_picture(name: str) -> bool:
     return is_item(name) and not name.lower().endswith(".npy")
 
 
-def _labels(source: Source, names: Sequence[str]) -> tuple[dict[str, int | list[float]] | None, list[str] | None, str]:
+def find_kept_labels(
+    source: Source, names: Sequence[str]
+) -> tuple[dict[str, int | list[float]] | None, list[str] | None, str]:
     """Label of every name, or None if one has none and a remark that says so; UserError for labels that are wrong."""
     index = read_index(source)
     values, class_names, problems = find_labels(names, index)

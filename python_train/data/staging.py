@@ -24,17 +24,21 @@ class Staging:
     """The unfinished data set ``dest``, a ZIP or folder: chunks of it in the folder ``.<name>.partial`` beside it.
 
     A context manager; UserError if ``dest`` exists, or another process is at it. What an interruption leaves behind is
-    taken up by the next attempt: a chunk's name holds a digest of everything it was made from.
+    taken up by the next attempt: a chunk's name holds a digest of everything it was made from. Of several processes
+    that work together only one is the ``owner``.
     """
 
-    def __init__(self, dest: str | os.PathLike[str]) -> None:
+    def __init__(self, dest: str | os.PathLike[str], owner: bool = True) -> None:
         self.dest = Path(dest)
+        self.owner = owner
         self.folder = self.dest.with_name(f".{self.dest.name}.partial")
 
     def __enter__(self) -> Staging:
         if self.dest.exists() or self.dest.is_symlink():
             raise UserError(f"{self.dest} exists already; choose another name, or remove it first")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.owner:
+            return self
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,6 +48,8 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.owner:
+            return
         if self.folder.exists() and not any(path.suffix == ".zip" for path in self.folder.iterdir()):
             shutil.rmtree(self.folder)  # nothing to go on from
         os.close(self._lock)

@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -43,6 +44,16 @@ class Moments:
         """Add what another has summed."""
         self.count += other.count
         self.sum, self.squares = self.sum + other.sum, self.squares + other.squares
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "sum": np.asarray(self.sum).tolist(), "squares": np.asarray(self.squares).tolist()}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Moments:
+        moments = Moments()
+        moments.count = content["count"]
+        moments.sum, moments.squares = np.array(content["sum"]), np.array(content["squares"])
+        return moments
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel. Raises UserError for a channel that is constant."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,15 +60,20 @@ def batches(
         num_workers=dataset.workers,
         prefetch_factor=2 if dataset.workers else None,
         pin_memory=device.type == "cuda",
-        collate_fn=_collated,
+        collate_fn=whole_batch,
     )
-    try:
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    except UserError as error:  # a loader process wraps the message in its traceback
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
+    for images, labels in read_ahead(loader):
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _collated(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """``Dataset.__getitems__`` makes whole batches."""
+def whole_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What a loader makes of a batch that ``Dataset.__getitems__`` has put together: nothing."""
     return batch
+
+
+def read_ahead(loader: torch.utils.data.DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; a UserError in one of its processes as it was, without the traceback they wrap it in."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
