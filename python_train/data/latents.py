@@ -49,7 +49,7 @@ def open_vae(name: str, subfolder: str | None = None) -> torch.nn.Module:
         raise UserError("VAEs are read by diffusers, which is missing: pip install 'edm2ext[vae]'") from error
     try:
         vae = diffusers.AutoModel.from_pretrained(
-            name, subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True
+            name, subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
         )
     except Exception as error:  # of the hub, the network, the file, the configuration
         raise UserError(f"the VAE {name} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
@@ -71,10 +71,11 @@ def encode(
 ) -> Encoded | None:
     """Make the data set ``dest`` of the latents of ``source_path``, RGB images of one size; labels are kept.
 
-    ``vae.encode(pixels in [0, 1] [N, 3, H, W] fp32).latent_dist`` has ``mean`` and ``std`` [N, C, H', W'], which become
-    one float32 array [2C, H', W'] an image. Statistics to whiten them by are measured and stored; or ImageNet's,
-    as published. The processes of ``world`` share the work; the first one finishes it, the others return None. An
-    interrupted call is continued by the same call. Raises UserError for images or a VAE that do not fit.
+    ``vae``, in fp32, is called as ``vae.encode(pixels)`` with [N, 3, H, W] in [0, 1]; its result's ``latent_dist`` has
+    ``mean`` and ``std`` [N, C, H', W'], which become one float32 array [2C, H', W'] an image. Statistics to whiten them
+    by are measured and stored; or ImageNet's, as published. The processes of ``world`` share the work; the first one
+    finishes it, the others return None. An interrupted call is continued by the same
+    call. Raises UserError for images or a VAE that do not fit.
     """
     world = world or World()
     dataset = ImageArchive(source_path, cond=False)
@@ -82,7 +83,7 @@ def encode(
         shape = describe_shape(dataset.shape, dataset.dtype)
         raise UserError(f"{source_path} holds images of {shape}; a VAE takes RGB: convert them first")
     labels, class_names, remark = find_kept_labels(dataset.source, dataset.names)
-    vae = vae.to(world.device, torch.float32).eval().requires_grad_(False)
+    vae = vae.to(world.device).eval().requires_grad_(False)
     shape = _encode_batch(vae, dataset.__getitems__([0])[0], world.device)[0].shape
     _check_shape(shape, dataset.shape, vae_name, imagenet_statistics)
 

@@ -71,9 +71,11 @@ class Staging:
             shutil.rmtree(whole)
         if self.dest.suffix.lower() == ".zip":
             write_zip(whole, files())
+            with open(whole, "rb") as file:
+                os.fsync(file.fileno())
         else:
             write_folder(whole, files())
-        os.sync()
+            os.sync()  # at once; a file at a time takes hours for a million of them
         os.rename(whole, self.dest)
         shutil.rmtree(self.folder)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -268,3 +272,41 @@ def test_command(photos: Path, tmp_path: Path) -> None:
     assert "exists already" in result.output
     result = run("convert", tmp_path / "nowhere", tmp_path / "b.zip")
     assert "no such data set" in result.output
+
+
+_CONVERT = """
+import sys
+from pathlib import Path
+from python_train.data import convert
+convert.CHUNK = 4
+print("ready", flush=True)
+convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), "center-crop-dhariwal", (32, 32), workers=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dest_name", ["out.zip", "out"])
+def test_killed_at_any_moment(tmp_path: Path, dest_name: str) -> None:
+    """After each kill the destination is whole or not there; at last it is what an uninterrupted conversion makes."""
+    (tmp_path / "photos").mkdir()
+    for i in range(120):
+        photo(300, 200, seed=i).save(tmp_path / "photos" / f"{i}.png")
+    start = time.monotonic()
+    convert(tmp_path / "photos", tmp_path / "whole", "center-crop-dhariwal", (32, 32), workers=1)
+    takes = time.monotonic() - start
+    dest, kills = tmp_path / dest_name, 0
+    rng = random.Random(0)
+    while not dest.exists():
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CONVERT, tmp_path / "photos", dest], stdout=subprocess.PIPE, text=True
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            try:
+                process.wait(takes * rng.uniform(0.05, 0.5) * 1.3**kills)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+    assert kills >= 2
+    assert files(dest) == files(tmp_path / "whole")

@@ -4,6 +4,7 @@ diffusers itself where that is installed."""
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 import zipfile
@@ -175,3 +176,29 @@ def test_with_a_vae_of_diffusers(images: Path, tmp_path: Path) -> None:
         assert len(json.loads(archive.read("dataset.json"))["statistics"]["std"]) == 4
     with pytest.raises(UserError, match=r"the VAE .*nowhere cannot be loaded"):
         open_vae(str(tmp_path / "nowhere"))
+
+
+_TWO_PROCESSES = """
+import subprocess
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_data_encode import StandIn
+from python_train import loop
+from python_train.data import latents
+latents.CHUNK = 2
+with loop.open_world("cpu") as world:
+    result = latents.encode(Path(sys.argv[2]), Path(sys.argv[3]), StandIn(), "x", batch=2, workers=0, world=world)
+    assert (result is None) == (world.rank == 1)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [tmp_path / "script.py", Path(__file__).parent, images, tmp_path / "a.zip"]
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    encode(images, tmp_path / "b.zip", StandIn(), "x", batch=2, workers=0)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
