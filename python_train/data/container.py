@@ -73,6 +73,8 @@ class Source:
         self._file: int | None = None
         if not self.path.exists():
             raise UserError(f"no such data set: {self.path} (give a folder or a ZIP file)")
+        if not (self.path.is_dir() or self.path.is_file()):
+            raise UserError(f"{self.path} is neither a folder nor a file")
         self.is_zip = not self.path.is_dir()
         found = self._list_zip() if self.is_zip else self._list_folder()
         self.names = sorted(name for name in found if not _is_hidden(name) and (name == INDEX or wanted(name)))

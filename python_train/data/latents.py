@@ -91,7 +91,9 @@ def encode(
     with Staging(dest, owner=world.rank == 0) as staging:
         parts = list(chunked(range(dataset.num_images), CHUNK))
         chunks = [
-            staging.chunk(number, (fingerprint, [dataset.source.signature(dataset.names[i]) for i in part]))
+            staging.chunk(
+                number, (fingerprint, [(dataset.names[i], dataset.source.signature(dataset.names[i])) for i in part])
+            )
             for number, part in enumerate(parts)
         ]
         todo = [number for number, chunk in enumerate(chunks) if not chunk.exists()]

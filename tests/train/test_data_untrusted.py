@@ -140,6 +140,8 @@ def test_pipes_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     os.mkfifo(tmp_path / "set" / "0.png")
     assert "0.png is not a regular file" in refusal(tmp_path / "set", tmp_path)
+    with pytest.raises(UserError, match=r"0\.png is neither a folder nor a file"):
+        open_dataset(tmp_path / "set" / "0.png")
 
 
 def test_zip_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
