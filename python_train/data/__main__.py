@@ -142,7 +142,7 @@ def _encode(source: Path, dest: Path, vae: str, subfolder: str | None, device: s
     Under torchrun the processes share the work. Keep SOURCE: metrics need its pixels.
     """
     from python_train.data.latents import encode, open_vae
-    from python_train.loop import open_world
+    from python_train.world import open_world
 
     with _reported(), open_world(device) as world:
         model = open_vae(vae, subfolder)

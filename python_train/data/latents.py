@@ -24,7 +24,7 @@ from python_train.data.reader import ImageArchive, describe_shape
 from python_train.data.staging import Staging, chunked, open_chunk, write_chunk
 from python_train.data.statistics import Moments
 from python_train.data.stream import read_ahead, whole_batch
-from python_train.loop import World
+from python_train.world import World
 
 CHUNK = 256
 _MOMENTS = "moments.json"
