@@ -80,6 +80,7 @@ def train(
     encoder = dataset.encoder()
     channels = network_channels(dataset, encoder, world.device)
     net = build_network(options, dataset.resolution, channels, dataset.label_dim)
+    dataset.require_divisible(net.unet.stride)
     stop_point(options, 0)
     dataset.preload(progress and world.rank == 0)
     run = None

@@ -60,8 +60,13 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 
 @click.command(epilog=_EPILOG, context_settings={"max_content_width": 120, "show_default": False})
 @click.option("--outdir", type=click.Path(path_type=Path), help="Run directory. [default: runs/<preset or data name>]")
-@click.option("--data", help="Image folder or ZIP of square images of one size; classes from dataset.json or from the "
+@click.option("--data", help="Image folder or ZIP of images of one size; classes from dataset.json or from the "
               "top-level folders. 'digits' is embedded. [default: digits]")  # fmt: skip
+@click.option("--xflip", is_flag=True, help="Train with every image's mirror image too.")
+@click.option("--cache", type=click.FloatRange(min=0), default=data.IN_MEMORY_BYTES / 2**30, help="Keep the data in "
+              "memory if they take at most so many GiB. [1]")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ahead, for each process of "
+              "the run, where the data are not in memory. [2]")  # fmt: skip
 @click.option("--preset", help=f"Start from these settings: {', '.join(PRESETS)}. [default: digits for the digits, "
               "else the general-purpose settings shown in brackets]")  # fmt: skip
 @click.option("--cond/--uncond", default=None, help="Train with class labels, or ignore them. [default: --cond]")
@@ -103,6 +108,9 @@ def main(
     gpu: str | None,
     override: bool,
     dry_run: bool,
+    xflip: bool,
+    cache: float,
+    workers: int,
     **given: Any,
 ) -> None:
     """Train an EDM2 diffusion model.
@@ -123,7 +131,9 @@ def main(
         with open_world(device) as world:
             options.validate(world.size)
             nominal = _NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
-            dataset = None if nominal else data.open_dataset(options.data, options.cond)
+            dataset = None
+            if not nominal:
+                dataset = data.open_dataset(options.data, options.cond, xflip, int(cache * 2**30), workers)
             if world.rank == 0:
                 shape = _print_settings(options, preset, outdir, world, dataset or nominal)
                 if dry_run:
@@ -170,10 +180,14 @@ def _print_settings(
     else:
         channels = loop.network_channels(dataset, dataset.encoder())
         resolution, label_dim = dataset.resolution, dataset.label_dim
-        size = f"{resolution}x{resolution}, {dataset.dtype}, channels {dataset.channels}"
-        about = f"{options.data}: {dataset.num_images} images of {size}, label_dim {label_dim}"
+        height, width = dataset.shape[1:]
+        size = f"{height}x{width}, {dataset.dtype}, channels {dataset.channels}"
+        mirrored = ", half of them mirrored" if dataset.xflip else ""
+        about = f"{options.data}: {dataset.num_images} images of {size}{mirrored}, label_dim {label_dim}"
     with torch.device("meta"):
         net = loop.build_network(options, resolution, channels, label_dim)
+    if isinstance(dataset, data.Dataset):
+        dataset.require_divisible(net.unet.stride)
     parameters = sum(param.numel() for param in net.parameters())
     micro, rounds = options.rounds(world.size)
     info = edm2ext.build_info()

@@ -159,8 +159,8 @@ def test_arrays(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path, cond=False)
     assert np.array_equal(dataset[0][0], latent)
     assert dataset.encoder().facts()["kind"] == "latent"
-    np.save(tmp_path / "img-mean-std-00000000.npy", latent[:4])
-    with pytest.raises(UserError, match="4 channels of float32; expected"):
+    np.save(tmp_path / "img-mean-std-00000000.npy", latent[:5])
+    with pytest.raises(UserError, match="5 channels of float32; expected"):
         open_dataset(tmp_path, cond=False)
     np.save(tmp_path / "img-mean-std-00000000.npy", np.array([{}], dtype=object))
     with pytest.raises(UserError, match=r"img-mean-std-00000000\.npy cannot be decoded"):
@@ -206,17 +206,27 @@ def test_unequal_images(folders: Path, image: PIL.Image.Image, message: str) -> 
 
 
 def test_not_square(tmp_path: Path) -> None:
-    save(tmp_path / "a" / "0.png", picture(0, size=(8, 16)))
-    with pytest.raises(UserError, match="must be square, got 8x16"):
-        open_dataset(tmp_path, cond=False)
+    save(tmp_path / "a" / "0.png", picture(0, size=(8, 12)))
+    dataset = open_dataset(tmp_path, cond=False)
+    assert (dataset.shape, dataset.resolution) == ((3, 8, 12), 12)
+    assert dataset.facts()["size"] == [8, 12]
+    dataset.require_divisible(4)
+    with pytest.raises(UserError, match="images of 8x12, but both sides must be divisible by 8"):
+        dataset.require_divisible(8)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"labels": [["ant/0.png", 0]]}, "no label for 5 of 6 images, e.g. ant/1.png"),
-        ({"labels": [[f"{n}/{k}.png", "x"] for n in ("ant", "bee", "cat") for k in range(2)]}, "class numbers"),
-        ({"labels": [[f"{n}/{k}.png", k - 1] for n in ("ant", "bee", "cat") for k in range(2)]}, "class numbers"),
+        (
+            {"labels": [[f"{n}/{k}.png", "x"] for n in ("ant", "bee", "cat") for k in range(2)]},
+            "expected a class number from 0",
+        ),
+        (
+            {"labels": [[f"{n}/{k}.png", k - 1] for n in ("ant", "bee", "cat") for k in range(2)]},
+            "expected a class number from 0",
+        ),
         ({"labels": [[f"{n}/{k}.png", [0] * k] for n in ("ant", "bee", "cat") for k in range(2)]}, "one length"),
         ({"labels": 3}, "dataset.json must be"),
         ({"classes": []}, "dataset.json must be"),
@@ -231,7 +241,7 @@ def test_inconsistent_labels(folders: Path, content: object, message: str) -> No
 
 def test_unreadable_json_and_stray_image(folders: Path) -> None:
     save(folders / "stray.png", picture(0))
-    with pytest.raises(UserError, match=r"class folders \(ant, bee, cat, ...\) but stray.png is in none"):
+    with pytest.raises(UserError, match=r"stray.png is in none of the class folders \(ant, bee, cat\)"):
         open_dataset(folders)
     (folders / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset\.json must be"):
@@ -248,11 +258,8 @@ def test_stream_is_a_permutation_each_epoch_and_shards_interleave() -> None:
 
 
 @pytest.mark.parametrize("limit", [data.IN_MEMORY_BYTES, 0])
-def test_batches_from_memory_and_from_loader_processes(
-    folders: Path, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", limit)
-    dataset = open_dataset(zipped(folders))
+def test_batches_from_memory_and_from_loader_processes(folders: Path, limit: int) -> None:
+    dataset = open_dataset(zipped(folders), cache_bytes=limit)
     dataset.preload()
     assert (dataset.in_memory is None) == (limit == 0)
     stream = batches(dataset, 4, IndexStream(6, 0), torch.device("cpu"))
@@ -263,6 +270,72 @@ def test_batches_from_memory_and_from_loader_processes(
             assert np.array_equal(images[row].numpy(), dataset[index][0])
             assert labels[row].tolist() == dataset[index][1].tolist()
     stream.close()
+
+
+@pytest.mark.parametrize(("cache_bytes", "workers"), [(data.IN_MEMORY_BYTES, 2), (0, 0), (0, 1)])
+def test_mirrored(folders: Path, cache_bytes: int, workers: int) -> None:
+    plain, both = open_dataset(folders), open_dataset(folders, True, True, cache_bytes, workers)
+    assert (both.num_images, both.facts()["xflip"], both.label_dim) == (12, True, 3)
+    for index in range(6):
+        assert np.array_equal(both[index][0], plain[index][0])
+        assert np.array_equal(both[6 + index][0], plain[index][0][:, :, ::-1])
+        assert np.array_equal(both[6 + index][1], plain[index][1])
+    both.preload()
+    assert (both.in_memory is None) == (cache_bytes == 0)
+    stream = batches(both, 8, IndexStream(12, 0), torch.device("cpu"))
+    order = list(itertools.islice(IndexStream(12, 0), 24))
+    for step in range(3):
+        images, labels = next(stream)
+        for row, index in enumerate(order[8 * step : 8 * step + 8]):
+            assert np.array_equal(images[row].numpy(), both[index][0])
+            assert np.array_equal(labels[row].numpy(), both[index][1])
+    stream.close()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7, 16])
+def test_arrays_of_pixels(tmp_path: Path, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, [channels, 4, 6], dtype=np.uint8)
+    np.save(tmp_path / "0.npy", values)
+    dataset = open_dataset(tmp_path, cond=False)
+    assert np.array_equal(dataset[0][0], values)
+    assert (dataset.channels, dataset.encoder().facts()) == (channels, {"kind": "pixel"})
+    np.save(tmp_path / "0.npy", np.zeros([17, 4, 4], np.uint8))
+    with pytest.raises(UserError, match=r"17 channels of uint8; expected 1 to 16"):
+        open_dataset(tmp_path, cond=False)
+
+
+def test_kinds_of_labels(folders: Path) -> None:
+    names = [f"{name}/{k}.png" for name in ("ant", "bee", "cat") for k in range(2)]
+    assert open_dataset(folders, cond=False).label_kind == "none"
+    assert open_dataset(folders).label_kind == "index"
+    write_labels(folders, [[name, [1, 0, i % 2]] for i, name in enumerate(names)])
+    dataset = open_dataset(folders)
+    assert (dataset.label_kind, dataset.class_names, dataset.label(1).tolist()) == (
+        "multi-hot",
+        [],
+        [1, 0, 1],
+    )
+    write_labels(folders, [[name, [0.5, i]] for i, name in enumerate(names)])
+    assert open_dataset(folders).label_kind == "vector"
+    content = {"labels": [[name, i % 2] for i, name in enumerate(names)], "class_names": ["a", "b", "c"]}
+    (folders / "dataset.json").write_text(json.dumps(content))
+    dataset = open_dataset(folders)
+    assert (dataset.label_dim, dataset.class_names) == (3, ["a", "b", "c"])
+
+
+def test_official_zip(tmp_path: Path) -> None:
+    """Stored members, PNG of compression level 0, labels by name in any order; written as spec 8.1 says."""
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(1200, 1203)]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_STORED) as archive:
+        for i, name in enumerate(names):
+            buffer = io.BytesIO()
+            picture(i, (64, 64)).save(buffer, "png", compress_level=0, optimize=False)
+            archive.writestr(name, buffer.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": [[names[2], 7], [names[0], 3], [names[1], 0]]}))
+    dataset = open_dataset(tmp_path / "x.zip")
+    assert (dataset.shape, dataset.label_dim) == ((3, 64, 64), 8)
+    assert dataset.labels.tolist() == [3, 0, 7]
+    assert all(np.array_equal(dataset[i][0], np.asarray(picture(i, (64, 64))).transpose(2, 0, 1)) for i in range(3))
 
 
 def test_error_in_a_loader_process_names_the_file(folders: Path) -> None:

@@ -150,6 +150,24 @@ def test_corrupt_image_is_named(tmp_path: Path) -> None:
     assert not os.path.exists("out")
 
 
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for k in range(4):
+        PIL.Image.new("RGB", (12, 8), (k, 50, 60 * k)).save(tmp_path / "set" / f"{k}.png")
+    wide = SHORT.replace("--channel-mult 1", "--channel-mult 1,1").split()
+    more = ["--uncond", "--xflip", "--cache", "0", "--workers", "0", "--outdir", "out", "--precision", "fp32"]
+    result = invoke(*wide, "--data", "set", *more)
+    assert result.exit_code == 0, result.output
+    assert "8 images of 8x12, uint8, channels 3, half of them mirrored" in result.output
+    assert "the run in out is complete" in result.output
+    result = invoke(*wide, "--data", "set", "--uncond", "--channel-mult", "1,1,1,1", "--dry-run")
+    assert result.exit_code == 1
+    assert "does not fit the data" in result.output
+    result = invoke(*wide, "--data", "set", *(option for option in more if option != "--xflip"))
+    assert result.exit_code == 1
+    assert "dataset.xflip: True -> None" in result.output
+
+
 def test_only_the_demo_draws_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     finished = []
     monkeypatch.setattr(demo, "finish", lambda run_dir, device: finished.append((run_dir, device.type)))
