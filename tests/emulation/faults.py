@@ -191,7 +191,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("denoising_loss.cuh", "::exp(-u)", "::exp(u)"),
     ("denoising_loss.cuh", "expf(-us[sample])", "expf(us[sample])"),
     ("denoising_loss.cuh", "left < kLossChunk ? left : kLossChunk", "kLossChunk"),
-    ("denoising_loss.cuh", "if (threadIdx.x == 0) squares", "if (threadIdx.x == 1) squares"),
+    ("denoising_loss.cuh", "for (int i = 0; i < kWarps; ++i) total", "for (int i = 1; i < kWarps; ++i) total"),
     ("denoising_loss.cuh", "count - total", "count + total"),
     ("denoising_loss.cu", "raw.numel() % kPack<T> == 0 && ", ""),
     (
