@@ -25,7 +25,7 @@ demo: setup
 	@$(BIN)/python -m python_train.run
 
 test: setup
-	$(PYTEST) tests
+	$(PYTEST) tests -n auto --dist loadfile
 
 test-slow: setup
 	$(PYTEST) tests -m slow

@@ -199,7 +199,6 @@ FAULTS: list[tuple[str, str, str]] = [
         "math::sampler_step(k, x.v[i], denoised.v[i], guide.v[i], start.v[i])",
         "math::sampler_step(k, x.v[i], denoised.v[i], guide.v[i], x.v[i])",
     ),
-    ("sampler_step.cuh", "if (channel == 0) ", ""),
     (
         "sampler_step.cu",
         "params.guide, params.start, params.noise, params.out);",
