@@ -137,7 +137,7 @@ _DIGITS: dict[str, Any] = {
     "P_mean": -0.8,
     "P_std": 1.2,
     "batch": 128,
-    "duration": 128 * 2**10,
+    "duration": 80 * 2**10,
     "lr": 0.0100,
     "decay": 400,
     "rampup": 10_000,

@@ -60,7 +60,7 @@ def test_arithmetic_of_a_preset_is_the_published_one() -> None:
 def test_dry_run_of_a_named_gpu() -> None:
     result = CliRunner().invoke(run.main, ["--dry-run", "--gpu", "A100-80GB"])
     assert result.exit_code == 0, result.output
-    assert "17 snapshots of 2 averages (sigma_rel 0.05 and 0.1)" in result.output
+    assert "11 snapshots of 2 averages (sigma_rel 0.05 and 0.1)" in result.output
     if edm2ext.build_info()["cuda_compiled"]:
         assert "of 80 GiB on each A100-80GB (predicted)" in result.output
         assert "MFU (predicted, not measured)" in result.output

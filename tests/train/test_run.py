@@ -70,7 +70,7 @@ def test_dry_run_of_the_demo() -> None:
         ("--preset img32", "unknown preset 'img32'; the presets are: digits, img512-xxs"),
         ("--preset img64-s", "preset img64-s needs --data"),
         ("--data nowhere", "no such data set: nowhere"),
-        ("--batch 100", "duration 131072 is not divisible by batch 100"),
+        ("--batch 100", "duration 81920 is not divisible by batch 100"),
         ("--batch-gpu 48", "batch per process 128 is not divisible by batch-gpu 48"),
         ("--duration 8M", "expected a number of images such as 4096, 128Ki"),
         ("--channel-mult 1,x", "expected positive integers separated by commas"),
