@@ -8,6 +8,7 @@ interpreted at most once, and only as many instructions as a file of its size ca
 
 from __future__ import annotations
 
+import abc
 import codecs
 import os
 import pickle
@@ -145,11 +146,11 @@ class StandIn:
     value: Any = None
 
 
-class Buildable:
+class Buildable(abc.ABC):
     """An object that takes the state that BUILD brings. Sub-classes check it."""
 
-    def build(self, state: Any) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def build(self, state: Any) -> None: ...
 
 
 Names = Mapping[tuple[str, str], StandIn]

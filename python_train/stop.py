@@ -10,11 +10,7 @@ import torch
 
 from python_train.world import World
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, the same command continues
 
 
