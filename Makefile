@@ -16,7 +16,7 @@ $(STAMP): $(NATIVE_SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "edm2ext needs Python 3.10 or newer; $(PYTHON) is %d.%d (choose another: PYTHON=python3.12 make setup)" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned dependencies (requirements.txt)"
-	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
 	@echo "building the extension"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . --config-settings=build-dir=build/{wheel_tag}
 	@touch $(STAMP)

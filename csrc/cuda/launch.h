@@ -22,6 +22,17 @@ bool all_aligned(const Ts*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
+constexpr int kMostPacksPerLane = 8;
+
+/// Calls body(std::integral_constant<int, k>) with the smallest compiled k >= packs_per_lane.
+template <typename Body>
+cudaError_t dispatch_packs(int64_t packs_per_lane, Body body) {
+  if (packs_per_lane <= 1) return body(std::integral_constant<int, 1>{});
+  if (packs_per_lane <= 2) return body(std::integral_constant<int, 2>{});
+  if (packs_per_lane <= 4) return body(std::integral_constant<int, 4>{});
+  return body(std::integral_constant<int, kMostPacksPerLane>{});
+}
+
 /// Lanes that share `packs` 16-byte packs: as few as hold them one each, at most a warp.
 inline int lanes_for(int64_t packs) {
   int lanes = 1;

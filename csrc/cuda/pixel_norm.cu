@@ -6,17 +6,6 @@
 namespace edm2::cuda {
 namespace {
 
-constexpr int kMostPacksPerLane = 8;
-
-/// Calls body(Width<k>) with the smallest compiled k >= packs_per_lane.
-template <typename Body>
-cudaError_t dispatch_packs(int64_t packs_per_lane, Body body) {
-  if (packs_per_lane <= 1) return body(Width<1>{});
-  if (packs_per_lane <= 2) return body(Width<2>{});
-  if (packs_per_lane <= 4) return body(Width<4>{});
-  return body(Width<kMostPacksPerLane>{});
-}
-
 template <int N>
 int64_t count_strips(const Activation& shape) {
   return shape.batch * ceil_div(shape.pixels, PixelStrip<N>::kPixels);
