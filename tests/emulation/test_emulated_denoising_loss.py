@@ -11,7 +11,8 @@ from torch import Tensor
 from edm2ext import reference
 
 SIGMA_DATA, SCALE = 0.4, 0.7
-# Samples of whole packs, samples that are none, several chunks (also a last one of few elements, and more than a warp has lanes), single elements.
+# Samples of whole packs, samples that are none, several chunks (also a last one of few elements), more of them than a
+# warp has lanes, single elements.
 SHAPES = [(2, 4, 16), (3, 3, 35), (2, 5, 7), (2, 8, 130), (3, 7, 147), (1, 4, 4160), (4, 1, 1)]
 LAYOUTS = {"nchw": False, "nhwc": True}
 
