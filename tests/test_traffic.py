@@ -169,7 +169,7 @@ def test_images_are_read_and_written_once():
         ops.sampler_step(x, y, t, t)
         ops.sampler_step(x, y, t, t, guide=y, start=x, noise=y, network=network)
     half, input_bytes = image // 2, (image // 4 + pixels) * 2
-    sums = batch * 3 * 4  # three chunks of each sample
+    sums = batch * 24 * 4  # 24 chunks of each sample
     assert {key.op: row for key, row in counter.rows.items() if key.kind == "native"} == {
         "precondition_input": Traffic(1, image + 8, input_bytes),
         "precondition_output": Traffic(1, image + half + 4, image),

@@ -14,13 +14,14 @@ cudaError_t loss(const DenoisingLossParams& params, float* squares, cudaStream_t
   const Image image{channels, pixels, channels_last};
   const Image raw{channels, pixels, params.f_channels_last};
   const int64_t chunks = count_chunks(params.shape);
-  const int64_t numel = batch * raw.numel();
   const auto* sigma = static_cast<const float*>(params.sigma);
   const auto* u = static_cast<const float*>(params.u);
   const auto scale = static_cast<float>(params.scale);
-  const Traffic traffic{numel * int64_t{sizeof(T) + 8} + batch * 8, numel * int64_t{sizeof(T)} + batch * chunks * 4};
+  const int64_t read_bytes = batch * (raw.numel() * int64_t{sizeof(T) + 8} + 8);
+  const int64_t written_bytes = batch * (raw.numel() * int64_t{sizeof(T)} + chunks * 4);
   const auto start = [&](auto kernel) {
-    return launch(kernel, batch * chunks, kThreads, stream, traffic, static_cast<const T*>(params.f),
+    return launch(kernel, ceil_div(batch * chunks * kWarpSize, kThreads), kThreads, stream,
+                  Traffic{read_bytes, written_bytes}, static_cast<const T*>(params.f),
                   static_cast<const float*>(params.x), static_cast<const float*>(params.y), sigma, u,
                   static_cast<T*>(params.grad_f), squares, image, raw, batch, chunks, params.sigma_data, scale);
   };

@@ -1,6 +1,6 @@
-// The training loss of the U-Net's output F and its gradients (spec 4.1). A block takes a chunk of one sample: it
-// writes the gradient of F in packs, or single elements where samples are not made of packs, gathering from the images,
-// and the sum of squared errors. A second kernel adds the chunks of each sample in a fixed order.
+// The training loss of the U-Net's output F and its gradients (spec 4.1). A warp takes a chunk of one sample: it writes
+// the gradient of F in packs, or single elements where samples are not made of packs, gathering from the images, and
+// the sum of squared errors. A second kernel adds the chunks of each sample in a fixed order.
 #pragma once
 
 #include "edm2/denoising_loss.h"
@@ -10,20 +10,7 @@
 namespace edm2::cuda {
 
 /// Elements of a chunk: a multiple of every pack.
-inline constexpr int64_t kLossChunk = 4096;
-
-/// Sum over the block, which every thread gets; values come in a fixed order. `odd` alternates from call to call: a
-/// thread that is ahead writes where none still reads.
-__device__ inline float sum_over_block(float value, bool odd) {
-  __shared__ float both[2][kWarps];
-  float* partial = both[odd ? 1 : 0];
-  value = sum_over_lanes(value, kWarpSize);
-  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  float total = 0.0f;
-  for (int i = 0; i < kWarps; ++i) total += partial[i];
-  return total;
-}
+inline constexpr int64_t kLossChunk = 512;
 
 /// squares [batch, chunks]: sums of (D - y)^2.
 template <typename T, int N>
@@ -32,31 +19,29 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<>)
                           const float* __restrict__ sigmas, const float* __restrict__ us, T* __restrict__ grad_f,
                           float* __restrict__ squares, Image image, Image raw, int64_t batch, int64_t chunks,
                           double sigma_data, float scale) {
-  bool odd = false;
-  for (int64_t index = blockIdx.x; index < batch * chunks; index += gridDim.x, odd = !odd) {
+  const LaneGroups groups(kWarpSize);
+  for (int64_t index = groups.first; index < batch * chunks; index += groups.step) {
     const int64_t sample = index / chunks;
     const int64_t first = (index - sample * chunks) * kLossChunk;
     const int64_t left = raw.numel() - first;
-    const int64_t count = left < kLossChunk ? left : kLossChunk;
+    const int64_t end = first + (left < kLossChunk ? left : kLossChunk);
     const int64_t start = sample * raw.numel();
     const float sigma = sigmas[sample];
     const float c_skip = math::c_skip(sigma, sigma_data);
     const float c_out = math::c_out(sigma, sigma_data);
     const float grad = 2.0f * scale * expf(-us[sample]) / c_out;  // 2 scale (lambda / exp(u)) c_out
     float total = 0.0f;
-#pragma unroll 1
-    for (int64_t i = int64_t{threadIdx.x} * N; i < count; i += kThreads * N) {
-      const auto rest = for_neighbours<N>(raw, first + i, [&](int64_t channel, int64_t pixel) {
+    for (int64_t i = first + groups.lane * N; i < end; i += kWarpSize * N) {
+      const auto rest = for_neighbours<N>(raw, i, [&](int64_t channel, int64_t pixel) {
         const int64_t at = start + image.at(channel, pixel);
         return c_skip * x[at] - y[at];
       });
-      const int64_t at = start + first + i;
-      const auto error = load<N>(f + at) * c_out + rest;
-      store(grad_f + at, error * grad);
+      const auto error = load<N>(f + start + i) * c_out + rest;
+      store(grad_f + start + i, error * grad);
       total += sum(error * error);
     }
-    total = sum_over_block(total, odd);
-    if (threadIdx.x == 0) squares[index] = total;
+    total = sum_over_lanes(total, kWarpSize);
+    if (groups.lane == 0) squares[index] = total;
   }
 }
 

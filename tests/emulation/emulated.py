@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import math
+import mmap
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -170,13 +171,17 @@ class Guarded:
 
     made = 0  # since the last launch
     further = -1  # the number of the tensor that misaligned() places further
+    walled = False  # see walled()
 
     def __init__(self, values: "Tensor | int", dtype: torch.dtype, offset: int = 0) -> None:
         offset += Guarded.made == Guarded.further
         Guarded.made += 1
         numel = values if isinstance(values, int) else values.numel()
         self._start = _MARGIN + offset
-        self._whole = torch.full((self._start + numel + _MARGIN,), math.nan, dtype=dtype)
+        if Guarded.walled:
+            self._whole = _before_a_wall(self._start + numel, dtype).fill_(math.nan)
+        else:
+            self._whole = torch.full((self._start + numel + _MARGIN,), math.nan, dtype=dtype)
         self.tensor = self._whole[self._start : self._start + numel]
         if isinstance(values, Tensor):
             self.tensor.copy_(values.reshape(-1))
@@ -196,6 +201,29 @@ def misaligned(number: int) -> Iterator[None]:
         yield
     finally:
         Guarded.further = -1
+
+
+@contextlib.contextmanager
+def walled() -> Iterator[None]:
+    """Places what is guarded at the end of memory: an access beyond it, even one that comes to nothing, is a signal 11.
+
+    Only tensors of a multiple of 16 bytes are aligned."""
+    Guarded.walled = True
+    try:
+        yield
+    finally:
+        Guarded.walled = False
+
+
+def _before_a_wall(numel: int, dtype: torch.dtype) -> Tensor:
+    """Elements followed by a page that nobody may touch."""
+    size = numel * dtype.itemsize
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    wall = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory, room)))
+    if ctypes.CDLL(None).mprotect(wall, ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+        raise OSError("mprotect failed")
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=room - size)
 
 
 def to_memory(x: Tensor, channels_last: bool) -> Tensor:

@@ -191,7 +191,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("denoising_loss.cuh", "::exp(-u)", "::exp(u)"),
     ("denoising_loss.cuh", "expf(-us[sample])", "expf(us[sample])"),
     ("denoising_loss.cuh", "left < kLossChunk ? left : kLossChunk", "kLossChunk"),
-    ("denoising_loss.cuh", "for (int i = 0; i < kWarps; ++i) total", "for (int i = 1; i < kWarps; ++i) total"),
+    ("denoising_loss.cuh", "sum_over_lanes(total, kWarpSize)", "sum_over_lanes(total, kWarpSize / 2)"),
     ("denoising_loss.cuh", "count - total", "count + total"),
     ("denoising_loss.cu", "raw.numel() % kPack<T> == 0 && ", ""),
     (

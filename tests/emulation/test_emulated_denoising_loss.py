@@ -11,9 +11,9 @@ from torch import Tensor
 from edm2ext import reference
 
 SIGMA_DATA, SCALE = 0.4, 0.7
-# Samples of whole packs, samples that are none, several chunks (also a last one of few elements), single elements, more
-# chunks than blocks.
-SHAPES = [(2, 4, 16), (3, 3, 35), (2, 5, 7), (2, 8, 1040), (3, 7, 1171), (1, 1, 4096), (4, 1, 1), (67, 1, 8)]
+# Samples of whole packs, samples that are none, several chunks (also a last one of few elements), more of them than a
+# warp has lanes, single elements.
+SHAPES = [(2, 4, 16), (3, 3, 35), (2, 5, 7), (2, 8, 130), (3, 7, 147), (1, 4, 4160), (4, 1, 1)]
 LAYOUTS = {"nchw": False, "nhwc": True}
 
 
@@ -62,8 +62,8 @@ def test_matches_reference(library: Library, shape: tuple[int, ...], dtype: torc
     check(library, shape, dtype, (LAYOUTS[layout], LAYOUTS[f_layout]))
 
 
-def test_more_chunks_than_blocks(library: Library):
-    check(library, (70, 1, 1024), torch.float32, (False, True))  # elements for every warp
+def test_more_chunks_and_samples_than_warps(library: Library):
+    check(library, (270, 2, 257), torch.float32, (False, True))
 
 
 def check(library: Library, shape: tuple[int, ...], dtype: torch.dtype, layouts: tuple[bool, bool]) -> None:

@@ -6,6 +6,7 @@ import sys
 import emulated
 import mutate
 import pytest
+import seeding
 from faults import FAULTS
 
 KERNELS = emulated.ROOT / "csrc" / "cuda"
@@ -24,7 +25,7 @@ __global__ void f(float* x, int64_t count) {  // i < count
 
 
 def test_what_is_seeded():
-    changes = [(m.operator, m.change(SOURCE).split(" => ")[1]) for m in mutate.mutants("f.cuh", SOURCE)]
+    changes = [(m.operator, m.change(SOURCE).split(" => ")[1]) for m in seeding.mutants("f.cuh", SOURCE)]
     assert changes[0] == ("barrier", "; // before x is read")
     assert {operator for operator, _ in changes[1:]} == {
         *("bound", "arithmetic", "accumulation", "stride", "index", "condition", "constant", "rounding", "dropped")
@@ -54,7 +55,7 @@ def test_every_barrier_and_a_fault_in_every_kernel_file():
 
 def test_planted_faults_have_a_place():
     texts = mutate.sources()
-    planted = [m for name, text in texts.items() for m in mutate.mutants(name, text) if m.operator == "planted"]
+    planted = [m for name, text in texts.items() for m in seeding.mutants(name, text) if m.operator == "planted"]
     assert len(planted) == len(FAULTS)
 
 
@@ -65,5 +66,5 @@ def test_planted_faults():
 
 @pytest.mark.slow
 def test_seeded_faults():
-    others = [name for name in mutate.OPERATORS if name not in mutate.ALWAYS]
+    others = [name for name in seeding.OPERATORS if name not in seeding.ALWAYS]
     run_mutate("--operators", *others, "--per-file", "4", "--at-least", "0.9")

@@ -1,0 +1,83 @@
+"""Faults that no test can notice, with the reason."""
+
+import fnmatch
+import re
+from pathlib import Path
+
+from seeding import Mutant
+
+_BRACKETS = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
+# Name of the file, pattern that occurs in "line before => line after", why no test can notice.
+UNNOTICEABLE: list[tuple[str, str, str]] = [
+    ("launch.h", r"\|\| shared > kSharedWithoutAsking", "asks for shared memory that is granted anyway"),
+    (
+        "*",
+        r"^[^;]*\b(kBlocksPerMultiprocessor|lanes_for\(|kResidentBlocks)[^;]*;? => ",
+        "shares out the work otherwise; same result",
+    ),
+    (
+        "mp_silu.cu",
+        r"chunks >= 1 \? workspace",
+        "with one chunk the workspace is empty, and the address of nothing null",
+    ),
+    (
+        "ema_update.cuh",
+        r"high = tensors( \+ 1| - \(1 - 1\));$",
+        "first_chunk[tensors] is beyond every chunk: the search turns back there",
+    ),
+    (
+        "rows.cuh",
+        r"^sync\(\); => ;$",
+        "the shuffles before it order a warp's threads in the emulation; on a GPU they do not order memory",
+    ),
+    (
+        "resample_down_pixel_norm.cuh",
+        r"if \(groups\.lane != 0\) rms\[index\]",
+        "the sum over a warp is the same in all of its lanes: any may store it",
+    ),
+    (
+        "denoising_loss.cuh",
+        r"^if \(groups\.lane [!=]= 0\) (squares\[.* => .*squares\[|continue; => )",
+        "the sum over a warp is the same in all of its lanes: any may store it, and all",
+    ),
+    ("denoising_loss.cu", r"start\(denoising_loss_chunks<T, 1>\) : start", "one element at a time is right as well"),
+    ("normalize_weight.cu", r"if \(count < kFew\)", "the large table also takes so few"),
+    ("normalize_weight.cu", r"first <= count; first \+= kMany", "one more table, an empty one, is not launched"),
+    (
+        "*",
+        r"first = groups\.first; first <= (\w+); first \+= groups\.step",
+        "groups of lanes beyond the last item are idle, also in a warp that has no other",
+    ),
+    ("rows.cuh", r"first <= count; first \+= kBatch", "of what is beyond the end nothing is loaded"),
+    ("mp_silu.cuh", r"column = static_cast<int>\(blockDim", "a tile is never wider than the block has threads"),
+    (
+        "*.cu",
+        rf"^(.*(?:\blaunch\(|\bwork\b|\bblocks_for\b).*)ceil_div{_BRACKETS}(.*) => \1ceil_div{_BRACKETS}\2$",
+        "the number of blocks alone: every kernel strides over the grid",
+    ),
+    (
+        "*.cu",
+        r"packs_per_lane (?:<= (\d+)\b.* => .*packs_per_lane < \1\b|> (k\w+).* => .*packs_per_lane >= \2)"
+        r"|head_dim <= kWarpSize \* N\b.* => .*head_dim < kWarpSize \* N\b",
+        "rows of exactly so many packs are also right in the kernel for longer ones",
+    ),
+    (
+        "launch.h",
+        r"while \(lanes < packs .* => while \(\(lanes / 2\) < packs ",
+        "more lanes than packs: the others idle",
+    ),
+    (
+        "*",
+        r"(\S+) < (\S+) \? \1 : \2(.*) => .*\1 <= \2 \? \1 : \2\3$",
+        "the smaller of equal numbers is either of them",
+    ),
+]
+
+
+def why_unnoticeable(mutant: Mutant, text: str) -> str:
+    """The reason listed for a mutant that no test can notice, or an empty string, as always for a planted one."""
+    if mutant.operator == "planted":
+        return ""
+    name, change = Path(mutant.file).name, mutant.change(text)
+    fitting = (why for file, what, why in UNNOTICEABLE if fnmatch.fnmatch(name, file) and re.search(what, change))
+    return next(fitting, "")
