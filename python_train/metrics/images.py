@@ -122,10 +122,7 @@ class Drawing:
 
     def facts(self) -> dict[str, Any]:
         """What the results say they are of."""
-        guides = [
-            {**guide.network.facts(), **{k: v for k, v in guide.file.facts().items() if k in ("weight", "interval")}}
-            for guide in self.guides
-        ]
+        guides = [{**guide.network.facts(), **guide.file.settings()} for guide in self.guides]
         return {**self.network.facts(), "guides": guides, "class": self.class_idx}
 
     def images(self, batches: Sequence[Indices], device: torch.device) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import urllib.parse
 import urllib.request
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -71,7 +72,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         if path.suffix == ".pkl" or is_script(path):
             return read_feature_network(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that torch did not write
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is damaged, or not a file of weights ({reason})") from error

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from python_train.metrics.kid import kid, resampled_kid, subset_kid
 from python_train.metrics.manifold import manifold
 from python_train.metrics.moments import FrechetDistance, Gaussian, Moments, gaussian_of
 from python_train.metrics.passes import SLICES, Indices, feature_pass, random_subset
+from python_train.world import World
 
 PEERS = json.loads(GOLDEN.read_text())
 
@@ -236,6 +241,57 @@ def test_a_pass_sees_each_image_once_in_order(num: int, batch: int, kept: int) -
     torch.testing.assert_close(found.gaussian.sigma, expected.sigma, rtol=1e-9, atol=1e-12)
     assert found.features is not None
     assert torch.equal(found.features, everything[torch.from_numpy(np.isin(indices, keep))])
+
+
+class Threads:
+    """Processes of a data-parallel run, played by threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.shared = size, threading.Barrier(size), torch.empty(0)
+
+    def run(self, work: Callable[[World], Any]) -> list[Any]:
+        def member(rank: int) -> Any:
+            try:
+                return work(Member(rank, self.size, group=self))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(member, range(self.size)))
+
+
+@dataclass(frozen=True)
+class Member(World):
+    group: Threads | None = None
+
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        assert self.group is not None
+        if self.rank == source:
+            self.group.shared = values
+        self.group.barrier.wait()
+        assert values.shape == self.group.shared.shape
+        assert values.dtype == self.group.shared.dtype
+        values.copy_(self.group.shared.clone())
+        self.group.barrier.wait()
+        return values
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("num", [5, 150])
+def test_the_result_is_the_same_for_any_number_of_processes(num: int, size: int) -> None:
+    def work(world: World) -> ReferenceFeatures:
+        keep = random_subset(num, 100, seed=3)
+        return feature_pass(np.arange(num), drawn, [feature_extractor("pixels")], batch=4, keep=keep, world=world)[
+            "pixels"
+        ]
+
+    alone = work(World())
+    for found in Threads(size).run(work):
+        assert torch.equal(found.gaussian.mu, alone.gaussian.mu)
+        assert torch.equal(found.gaussian.sigma, alone.gaussian.sigma)
+        assert found.gaussian.num == alone.gaussian.num == num
+        assert torch.equal(found.features, alone.features)
 
 
 def test_several_kinds_from_one_pass() -> None:
