@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from math import ceil, inf, sqrt
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from python_train import UserError
 from python_train.data import Encoder
-from python_train.guidance import Guide, Interval, blended_weights
+from python_train.guidance import Guide
 from python_train.image_job import GuideFile, Job, folders_of, save_image
 from python_train.network import Precond
 from python_train.pictures import image_grid, save_png
-from python_train.presets import find_preset
-from python_train.sample import SOLVERS, SeededRandom, sample
+from python_train.sample import SeededRandom, sample
+from python_train.sampling_options import chosen_networks, guidance_options, network_options, sampler_options
 from python_train.world import World, open_world
 
 LARGEST_GRID = 1024
@@ -43,54 +43,6 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"seeds: the range {part.strip()!r} is empty; write the smaller number first")
         seeds.extend(range(int(first), int(last or first) + 1))
     return list(dict.fromkeys(seeds))
-
-
-def parse_weight(text: str) -> float | list[float]:
-    """A guidance weight, or one for each step separated by commas. UserError otherwise."""
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"guidance: expected a number, or one for each step as 1,1.5,2, got {text!r}") from None
-    return weights if len(weights) > 1 else weights[0]
-
-
-def parse_interval(text: str) -> Interval:
-    """Steps such as ``15-21``, or noise levels such as ``0.28,2.90``. UserError otherwise."""
-    first, dash, last = text.partition("-")
-    if dash and first.strip().isdecimal() and last.strip().isdecimal():
-        return range(int(first), int(last) + 1)
-    try:
-        sigma_lo, sigma_hi = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"guidance interval: expected steps as 15-21 or two noise levels as 0.28,2.90, got {text!r}"
-        ) from None
-    return sigma_lo, sigma_hi
-
-
-def pair_guides(
-    paths: Sequence[Path], weights: Sequence[float | list[float]], blend: float | None, intervals: Sequence[Interval]
-) -> list[GuideFile]:
-    """The guides of the command line: each with its weight and interval, in order; those of weight 1 are left out.
-
-    One interval is for all guides. With ``blend`` two guides share one weight (`blended_weights`). UserError where the
-    numbers of paths, weights and intervals do not fit.
-    """
-    if weights and not paths and any(weight != 1 for weight in weights):
-        raise UserError("--guidance needs a guiding network: name its snapshot with --gnet")
-    if intervals and not paths:
-        raise UserError("--guidance-interval needs a guiding network: name its snapshot with --gnet")
-    if blend is not None:
-        if len(paths) != 2 or len(weights) != 1 or not isinstance(weights[0], float):
-            raise UserError("--guidance-blend shares one --guidance number between two --gnet")
-        weights = blended_weights(weights[0], blend)
-    if paths and len(weights) != len(paths):
-        raise UserError(f"each --gnet needs its own --guidance: got {len(paths)} and {len(weights)}")
-    if len(intervals) not in (0, 1, len(paths)):
-        raise UserError(f"expected one --guidance-interval, or one for each --gnet: got {len(intervals)}")
-    intervals = [*intervals] * len(paths) if len(intervals) == 1 else intervals or [None] * len(paths)
-    guides = [GuideFile(*guide) for guide in zip(paths, weights[: len(paths)], intervals, strict=True)]
-    return [guide for guide in guides if guide.weight != 1]
 
 
 def seed_batches(seeds: Sequence[int], batch: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
@@ -274,36 +226,13 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(epilog=_EPILOG, context_settings={"show_default": True, "max_content_width": 120})
-@click.option("--net", "net_paths", type=_PATH, multiple=True, help="Snapshot of the network: .safetensors, or a "
-              ".pkl of the EDM2 reference program, read as data. Several: a folder for each.")  # fmt: skip
-@click.option("--preset", help="Published networks and guidance by name, such as edm2-img512-s-guid-dino, in place of "
-              "--net, --gnet and --guidance; any other word lists the names.")  # fmt: skip
-@click.option("--weights", type=_PATH, default="weights", help="Folder of the networks that presets name.")
+@network_options(several="Several: a folder for each.")
 @click.option("--outdir", type=_PATH, required=True, help="Folder for the images; made if missing.")
 @click.option("--seeds", required=True, help="One image per seed: numbers and ranges, such as 0-63,100.")
 @click.option("--class", "class_idx", type=int, help="Draw this class only.  [default: a random class per seed]")
 @click.option("--grid", type=_PATH, help="Draw all images into this PNG as well: a table, or a row for each network.")
-@click.option("--gnet", "gnet_paths", type=_PATH, multiple=True, help="Snapshot of a guiding network: a smaller or "
-              "less trained one, or an unconditional one. Several add up.")  # fmt: skip
-@click.option("--guidance", multiple=True, help="Weight of each --gnet, in order; 1 = none, above 1 pushes away from "
-              "what the guide would draw. A list W,W,... gives one for each step.")  # fmt: skip
-@click.option("--guidance-blend", type=float, help="Share one --guidance between two --gnet: this fraction for the "
-              "second, the rest for the first.")  # fmt: skip
-@click.option("--guidance-interval", multiple=True, help="Guide only in these steps, counted from 0, such as 15-21, or "
-              "noise levels, such as 0.28,2.90, each taken for the nearest of the grid. One for all, or one for each "
-              "--gnet. Elsewhere guides are not evaluated.")  # fmt: skip
-@click.option("--solver", type=click.Choice(SOLVERS), default="heun", help="heun evaluates the network 2N-1 times, the "
-              "others N times; dpm++2m-sde adds noise.")  # fmt: skip
-@click.option("--steps", "num_steps", type=click.IntRange(min=2), default=32, help="Sampling steps N.")
-@click.option("--sigma-min", type=float, default=0.002, help="Lowest noise level.")
-@click.option("--sigma-max", type=float, default=80, help="Highest noise level.")
-@click.option("--rho", type=float, default=7, help="Spacing of the noise levels; larger = more of them low.")
-@click.option("--S-churn", "S_churn", type=float, default=0, help="Noise added back by heun and euler; 0 = none.")
-@click.option("--S-min", "S_min", type=float, default=0, help="Lowest noise level with churn.")
-@click.option("--S-max", "S_max", type=float, default=inf, help="Highest noise level with churn.")
-@click.option("--S-noise", "S_noise", type=float, default=1, help="Inflation of the churn noise.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Arithmetic of the solver "
-              "(the network's is its own).")  # fmt: skip
+@guidance_options
+@sampler_options
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Images at a time, in each process.")
 @click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]")
 @click.option("--subdirs", is_flag=True, help="A folder per 1000 seeds.")
@@ -311,34 +240,25 @@ _PATH = click.Path(path_type=Path)
 def main(
     device: str | None,
     seeds: str,
-    dtype: str,
+    net_paths: tuple[Path, ...],
+    preset: str | None,
+    weights: Path,
     gnet_paths: tuple[Path, ...],
     guidance: tuple[str, ...],
     guidance_blend: float | None,
     guidance_interval: tuple[str, ...],
-    preset: str | None,
-    weights: Path,
     **options: Any,
 ) -> None:
     """Draw images from a trained network: {seed:06d}.png for every seed."""
     try:
-        if preset is not None:
-            decided = {"--net": options["net_paths"], "--gnet": gnet_paths, "--guidance": guidance}
-            if given := [name for name, value in decided.items() if value]:
-                raise UserError(f"--preset decides on the networks and the guidance: leave {' and '.join(given)} out")
-            net_path, gnet_path, weight = find_preset(preset, weights)
-            options["net_paths"] = (net_path,)
-            gnet_paths, guidance = ((gnet_path,), (str(weight),)) if gnet_path else ((), ())
-        if not options["net_paths"]:
-            raise UserError("name a network: --net or --preset")
-        guide_weights = [parse_weight(text) for text in guidance]
-        intervals = [parse_interval(text) for text in guidance_interval]
-        guides = pair_guides(gnet_paths, guide_weights, guidance_blend, intervals)
+        net_paths, guides = chosen_networks(
+            net_paths, preset, weights, gnet_paths, guidance, guidance_blend, guidance_interval
+        )
         numbers = parse_seeds(seeds)
         with open_world(device) as world:
-            generate(seeds=numbers, guides=guides, dtype=getattr(torch, dtype), world=world, **options)
+            generate(net_paths, seeds=numbers, guides=guides, world=world, **options)
             if world.rank == 0:
-                click.echo(f"{len(numbers) * len(options['net_paths'])} images in {options['outdir']}")
+                click.echo(f"{len(numbers) * len(net_paths)} images in {options['outdir']}")
     except torch.OutOfMemoryError as error:
         raise click.ClickException(f"not enough GPU memory; try a smaller --batch ({error})") from error
     except (ValueError, OSError) as error:

@@ -37,12 +37,16 @@ class GuideFile:
     weight: float | list[float]
     interval: Interval | None = None
 
-    def facts(self) -> dict[str, Any]:
-        """What options.json says about it."""
+    def settings(self) -> dict[str, Any]:
+        """How it guides, as JSON can hold it."""
         interval = self.interval
         if isinstance(interval, range):
             interval = {"first_step": interval[0], "last_step": interval[-1]}
-        return {**file_facts(self.path), "weight": self.weight, "interval": interval}
+        return {"weight": self.weight, "interval": interval}
+
+    def facts(self) -> dict[str, Any]:
+        """What options.json says about it."""
+        return {**file_facts(self.path), **self.settings()}
 
 
 def check_guide(config: dict[str, Any], guide_config: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,7 +311,7 @@ def _read_pickle(file: SourceFile, names: Names) -> Any:
     return content
 
 
-def _read_zip(file: SourceFile) -> Any:
+def _read_zip(file: SourceFile, names: Names = _TRAINING_STATE) -> Any:
     """The object in a zip file of torch: ``data.pkl`` and a member for each storage, none of them compressed."""
     try:
         with zipfile.ZipFile(file.path) as archive:
@@ -342,7 +342,7 @@ def _read_zip(file: SourceFile) -> Any:
         return Storage(Path(file.path), dtype, _extent(file, info)[0], count)
 
     start, size = _extent(file, members[f"{root}data.pkl"])
-    return load(Reader(file, start, start + size), _TRAINING_STATE, storage)
+    return load(Reader(file, start, start + size), names, storage)
 
 
 def _extent(file: SourceFile, info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -699,3 +699,104 @@ def read_official(path: str | os.PathLike[str]) -> OfficialSnapshot | OfficialTr
     with _reading(path) as file:
         zipped = file.read_at(0, min(4, file.size)) == b"PK\3\4"
     return read_training_state(path) if zipped else read_snapshot(path)
+
+
+# ----------------------------------------------------------------------------------------------------- files of metrics
+
+
+_NETWORK: Names = {
+    **_SNAPSHOT,
+    **_STORAGE_TYPES,
+    **{
+        ("torch.jit._pickle", f"build_{kind}list"): StandIn(call=lambda values: values, counts=(1,))
+        for kind in ("int", "double", "bool", "tensor")
+    },
+}
+
+
+class _AnyNetwork(Mapping[tuple[str, str], StandIn]):
+    """The names in a pickled network: any class of torch.nn or of a script stands for an inert :class:`Module`."""
+
+    def __getitem__(self, key: tuple[str, str]) -> StandIn:
+        if key in _NETWORK:
+            return _NETWORK[key]
+        if key[0].startswith(("torch.nn.modules.", "__torch__.")) or key[0] == "__torch__":
+            return StandIn(new=lambda: Module(key[1]))
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(_NETWORK)
+
+    def __len__(self) -> int:
+        return len(_NETWORK)
+
+
+def is_script(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a network saved as TorchScript: a zip file of torch with code in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error):
+        return False
+
+
+def read_feature_network(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a feature network, pickled as a persistent object (spec 9.2) or saved as TorchScript.
+
+    The code in the file is not looked at. Raises UserError, naming the file, for anything else.
+    """
+    path = Path(path)
+    with _reading(path) as file:
+        zipped = file.read_at(0, min(4, file.size)) == b"PK\3\4"
+        net = _read_zip(file, _AnyNetwork()) if zipped else _read_pickle(file, _AnyNetwork())
+        if not isinstance(net, Module):
+            raise Refused("it holds no network")
+        tensors = _script_tensors(net) if zipped else _tensors(_modules(net))
+        if sum(tensor.nbytes for tensor in tensors.values()) > file.size:
+            raise Refused("its tensors are the same numbers several times")
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def _script_tensors(net: Module) -> dict[str, StoredTensor]:
+    """The tensors of a script: attributes of its modules, which are attributes of each other."""
+    tensors: dict[str, StoredTensor] = {}
+    visited: set[int] = set()
+
+    def visit(prefix: str, module: Module) -> None:
+        if id(module) in visited or prefix.count(".") > _MAX_DEPTH or len(module.state) > _MAX_MEMBERS:
+            raise Refused("its modules contain each other, one is used twice, or there are too many")
+        visited.add(id(module))
+        for name, value in module.state.items():
+            if isinstance(value, Module):
+                visit(f"{prefix}{name}.", value)
+            elif isinstance(value, StoredTensor):
+                tensors[f"{prefix}{name}"] = value
+            if len(tensors) > _MAX_TENSORS:
+                raise Refused("it has too many tensors")
+
+    visit("", net)
+    return tensors
+
+
+def read_metric_reference(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The pickled reference of the metrics (spec 7): numbers, and dictionaries of float64 arrays.
+
+    Raises UserError, naming the file, for anything else.
+    """
+    path = Path(path)
+    with _reading(path) as file:
+        content = _read_pickle(file, _PLAIN)
+        if not isinstance(content, dict):
+            raise Refused("it is not a dictionary")
+        return {
+            key: {name: _array(array) for name, array in value.items()} if isinstance(value, dict) else value
+            for key, value in content.items()
+        }
+
+
+def _array(array: Any) -> Any:
+    if isinstance(array, _NumpyArray) and array.value is not None and array.value.dtype.kind == "f":
+        return array.value.astype(np.float64)
+    if type(array) in (int, float):
+        return array
+    raise Refused("it holds something else than numbers and arrays of them")

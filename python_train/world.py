@@ -30,6 +30,12 @@ class World:
             torch.distributed.all_reduce(values)
         return values.cpu()
 
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        """Overwrite a contiguous tensor on the process's device by that of process ``source``, and return it."""
+        if self.size > 1:
+            torch.distributed.broadcast(values, source)
+        return values
+
     def wait(self) -> None:
         """Return when all processes have come here."""
         if self.size > 1:

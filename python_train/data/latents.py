@@ -131,6 +131,14 @@ def _encode_batch(vae: Any, images: torch.Tensor, device: torch.device) -> np.nd
         return torch.cat([posterior.mean, posterior.std], dim=1).to("cpu", torch.float32).numpy()
 
 
+def decode(vae: Any, latents: torch.Tensor, batch: int = 4) -> torch.Tensor:
+    """Latents [N, C, H, W] as the VAE has them (not whitened) to images uint8 [N, 3, 8H, 8W], ``batch`` at a time: its
+    output in [0, 1], cut to that range, times 255, truncated (spec 1.2)."""
+    with torch.no_grad():
+        pixels = torch.cat([vae.decode(part).sample for part in latents.split(batch)])
+    return (pixels.clamp(0, 1) * 255).to(torch.uint8)
+
+
 def _check_shape(latents: Sequence[int], images: Sequence[int], name: str, imagenet_statistics: bool) -> None:
     if images[1] % latents[1] or images[2] % latents[2] or images[1] // latents[1] != images[2] // latents[2]:
         raise UserError(
