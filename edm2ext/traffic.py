@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,6 +118,33 @@ class Counter(TorchDispatchMode):
             op = f"{op} in {self._native_op}"
         key = Key(phase, kind, op)
         self.rows[key] = self.rows.get(key, Traffic()) + traffic
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most memory, in bytes, that results of ops on meta tensors occupied at a time: what was there before, and the
+    workspaces of native ops, do not count. Entered last among several modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._most_alive = 0  # as if nothing had been freed since the last look
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in _meta_tensors((args, kwargs))}
+        for x in _meta_tensors(results):
+            storage = x.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._most_alive += storage.nbytes()
+        if self._most_alive > self.bytes:
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            self._most_alive = sum(size for _, size in self._alive.values())
+            self.bytes = max(self.bytes, self._most_alive)
+        return results
 
 
 def take_tally() -> Traffic:
