@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from edm2ext import _library, reference
 
@@ -29,6 +30,14 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash_attention")
 # Allocations, and views that their schema does not call views.
 _FREE = ("empty", "new_empty", "lift_fresh", "_unsafe_view", "_reshape_alias", "is_same_size", "_fused_sdp_choice")
+# Of an image [N, O, H, W] for an image [N, C, H, W] by a filter [O, C, h, w].
+_FLOPS = {
+    "mp_conv2d": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_silu_modulated": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_sum": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_backward_input": lambda grad, w, *_: 2 * w.numel() * grad[:, 0].numel(),
+    "mp_conv2d_backward_weight": lambda grad, x, h, w, *_: 2 * grad.numel() * x.shape[1] * h * w,
+}
 # These write their first argument without reading it.
 _OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "_foreach_copy_", "_foreach_zero_")
 
@@ -61,13 +70,15 @@ class Key(NamedTuple):
 class Counter(TorchDispatchMode):
     """Counts, by `Key`, what ops on meta tensors would launch and move on a GPU; ops on CPU tensors are not counted.
 
-    `synchronisations` is the number of times the host asked for a value. It is told 1 or True.
+    `synchronisations` is the number of times the host asked for a value. It is told 1 or True. `flops` are those of
+    products, 2 a multiply-add.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[Key, Traffic] = {}
         self.synchronisations = 0
+        self.flops = 0
         self._after_backward = False
         self._native_op: str | None = None
 
@@ -92,6 +103,8 @@ class Counter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = _as_on_cuda(func, args, func(*args, **kwargs))
+        if inputs and (formula := flop_registry.get(func.overloadpacket)):
+            self.flops += formula(*args, **kwargs, out_val=result)
         outputs = _meta_tensors(result)
         if (inputs or outputs) and not _is_free(func):
             self._count(func._opname, _plain_traffic(func, args, kwargs, outputs))
@@ -106,6 +119,8 @@ class Counter(TorchDispatchMode):
                 result = func.redispatch(_CUDA, *args, **kwargs)
         finally:
             self._native_op = None
+        if formula := _FLOPS.get(func._opname):
+            self.flops += formula(*args)
         self._count(func._opname, take_tally(), kind="product" if func._opname.startswith("mp_conv2d") else "native")
         return result
 

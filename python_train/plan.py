@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import edm2ext
 from edm2ext.traffic import Counter, PeakMemory, counting
@@ -92,21 +91,20 @@ def count_rounds(
         options = replace(options, batch=1, batch_gpu=1)
         trainer = Trainer(net, options, encoder, World(device=torch.device("meta")))
         for images in (1, *sizes):  # the first step makes the optimizer's state
-            flops = FlopCounterMode(display=False)
             batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
-            with flops, counting() as counter, PeakMemory() as peak:
+            with counting() as counter, PeakMemory() as peak:
                 trainer.step(itertools.repeat(batch))
-            rounds.append(_round(images, flops.get_total_flops(), peak.bytes, counter))
+            rounds.append(_round(images, peak.bytes, counter))
     return rounds[1:]
 
 
-def _round(images: int, flops: int, peak: int, counter: Counter) -> Round:
+def _round(images: int, peak: int, counter: Counter) -> Round:
     both = counter.total(phase="forward") + counter.total(phase="backward")
     products = counter.total(phase="forward", kind="product") + counter.total(phase="backward", kind="product")
     update = counter.total(phase="update")
     return Round(
         images=images,
-        flops=flops,
+        flops=counter.flops,
         launches=both.launches,
         bytes=both.bytes - products.bytes,
         bytes_of_products=products.bytes,
