@@ -66,8 +66,9 @@ class FusedAdam(torch.optim.Optimizer):
     Adam (torch's formula); take the new, not yet normalised value into the averages; force-normalise weights (Eq. 66);
     make the effective weights of the next forward. On a GPU nothing waits for the device.
 
-    Weights, whose rows are normalised, are those of the MPConv and MPLinear layers if a module is given, or else the
-    keys of `gains` and `prepared`; other parameters get Adam and averages only.
+    Weights, whose rows are normalised, are those of the MPConv and MPLinear layers if a module is given, or else
+    `weights`, by default the keys of `gains` and `prepared`; other parameters get Adam and averages only. Of a weight
+    that is shared out by rows, each process hands over its own rows, which may be none.
 
     gains: maps a weight to the 0-dim parameter that is a factor of it. gradients: "raw", what autograd gives; or
     "effective", where the gradient of a weight is that of its effective weight, and its gain has none: it gets its own
@@ -89,6 +90,7 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         *,
+        weights: Iterable[Parameter] | None = None,
         gains: Mapping[Parameter, Parameter] | None = None,
         gradients: Gradients = "raw",
         ema: PowerEMA | None = None,
@@ -112,7 +114,7 @@ class FusedAdam(torch.optim.Optimizer):
         if module:
             layers = (layer for layer in net_or_params.modules() if isinstance(layer, MPConv | MPLinear))
             weights = [layer.weight for layer in layers]
-        else:
+        elif weights is None:
             weights = [param for param in self.params if param in self.gains or param in self.prepared]
         self.weights = list(dict.fromkeys(weights))
         self.gradients: Gradients = gradients
@@ -154,6 +156,12 @@ class FusedAdam(torch.optim.Optimizer):
                 )
         if self.ema is not None and [id(p) for p in self.ema.params] != [id(p) for p in self.params]:
             raise ValueError("FusedAdam: ema must average the optimizer's parameters, in their order")
+
+    def make_state(self) -> None:
+        """Make the state that a parameter's first step would make, where there is none: to load values into."""
+        for param in self.params:
+            if not self.state[param]:
+                self.state[param] = _new_state(param)
 
     def prepare(self) -> None:
         """Force-normalise all weights, if the step does, and make the effective weights of the next forward."""

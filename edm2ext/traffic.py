@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from edm2ext import _library, reference
 
@@ -28,6 +30,14 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash_attention")
 # Allocations, and views that their schema does not call views.
 _FREE = ("empty", "new_empty", "lift_fresh", "_unsafe_view", "_reshape_alias", "is_same_size", "_fused_sdp_choice")
+# Of an image [N, O, H, W] for an image [N, C, H, W] by a filter [O, C, h, w].
+_FLOPS = {
+    "mp_conv2d": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_silu_modulated": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_sum": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_backward_input": lambda grad, w, *_: 2 * w.numel() * grad[:, 0].numel(),
+    "mp_conv2d_backward_weight": lambda grad, x, h, w, *_: 2 * grad.numel() * x.shape[1] * h * w,
+}
 # These write their first argument without reading it.
 _OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "_foreach_copy_", "_foreach_zero_")
 
@@ -60,13 +70,15 @@ class Key(NamedTuple):
 class Counter(TorchDispatchMode):
     """Counts, by `Key`, what ops on meta tensors would launch and move on a GPU; ops on CPU tensors are not counted.
 
-    `synchronisations` is the number of times the host asked for a value. It is told 1 or True.
+    `synchronisations` is the number of times the host asked for a value. It is told 1 or True. `flops` are those of
+    products, 2 a multiply-add.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[Key, Traffic] = {}
         self.synchronisations = 0
+        self.flops = 0
         self._after_backward = False
         self._native_op: str | None = None
 
@@ -91,6 +103,8 @@ class Counter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = _as_on_cuda(func, args, func(*args, **kwargs))
+        if inputs and (formula := flop_registry.get(func.overloadpacket)):
+            self.flops += formula(*args, **kwargs, out_val=result)
         outputs = _meta_tensors(result)
         if (inputs or outputs) and not _is_free(func):
             self._count(func._opname, _plain_traffic(func, args, kwargs, outputs))
@@ -105,6 +119,8 @@ class Counter(TorchDispatchMode):
                 result = func.redispatch(_CUDA, *args, **kwargs)
         finally:
             self._native_op = None
+        if formula := _FLOPS.get(func._opname):
+            self.flops += formula(*args)
         self._count(func._opname, take_tally(), kind="product" if func._opname.startswith("mp_conv2d") else "native")
         return result
 
@@ -117,6 +133,33 @@ class Counter(TorchDispatchMode):
             op = f"{op} in {self._native_op}"
         key = Key(phase, kind, op)
         self.rows[key] = self.rows.get(key, Traffic()) + traffic
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most memory, in bytes, that results of ops on meta tensors occupied at a time: what was there before, and the
+    workspaces of native ops, do not count. Entered last among several modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._most_alive = 0  # as if nothing had been freed since the last look
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in _meta_tensors((args, kwargs))}
+        for x in _meta_tensors(results):
+            storage = x.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._most_alive += storage.nbytes()
+        if self._most_alive > self.bytes:
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            self._most_alive = sum(size for _, size in self._alive.values())
+            self.bytes = max(self.bytes, self._most_alive)
+        return results
 
 
 def take_tally() -> Traffic:

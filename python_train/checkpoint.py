@@ -27,7 +27,7 @@ from python_train.network import Precond
 
 FORMAT_VERSION = 1
 HEADER_KEYS = ("format_version", "config", "nimg", "sigma_rel", "ema_kind", "dataset", "encoder")
-_STATE_NAME = re.compile(r"training-state-(\d{7,})\.pt")
+_STATE_NAME = re.compile(r"training-state-(\d{7,})\.(pt|dcp)")
 
 
 @contextlib.contextmanager
@@ -180,9 +180,10 @@ def load_snapshot(path: str | os.PathLike[str], device: str | torch.device = "cp
     return net.eval().requires_grad_(False), header
 
 
-def state_name(nimg: int) -> str:
-    """File name of a training state, e.g. ``training-state-0000128.pt``."""
-    return f"training-state-{nimg // 1000:07d}.pt"
+def state_name(nimg: int, sharded: bool = False) -> str:
+    """File name of a training state, e.g. ``training-state-0000128.pt``; ``.dcp`` for the folder that
+    `python_train.sharded_state` writes."""
+    return f"training-state-{nimg // 1000:07d}.{'dcp' if sharded else 'pt'}"
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

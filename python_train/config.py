@@ -10,6 +10,7 @@ from python_train import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 FORCE_NORMALIZE = ("forward", "step")
+PARALLEL = ("ddp", "fsdp")
 _SUFFIXES = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -70,6 +71,9 @@ class TrainOptions:
     status: int = 128 * 2**10
     snapshot: int = 8 * 2**20
     checkpoint: int = 128 * 2**20
+    parallel: str = "ddp"
+    recompute: bool = False
+    cuda_graph: bool = False
 
     def network_config(self, resolution: int, channels: int, label_dim: int) -> dict[str, Any]:
         """Constructor arguments of :class:`python_train.network.Precond` for the given data."""
@@ -112,6 +116,13 @@ class TrainOptions:
         if self.force_normalize not in FORCE_NORMALIZE:
             raise UserError(
                 f"force_normalize must be one of {', '.join(FORCE_NORMALIZE)}, got {self.force_normalize!r}"
+            )
+        if self.parallel not in PARALLEL:
+            raise UserError(f"parallel must be one of {', '.join(PARALLEL)}, got {self.parallel!r}")
+        if self.parallel == "fsdp" and self.force_normalize == "forward":
+            raise UserError(
+                "parallel fsdp needs force-normalize step: a forward pass sees gathered copies of the weights, and "
+                "what it overwrites in them is lost; the optimizer's step normalises each process's own rows"
             )
         self.rounds(world_size)
         for name in ("duration", "slice", "status", "snapshot", "checkpoint"):
@@ -183,7 +194,9 @@ def make_options(preset: str | None = None, **overrides: Any) -> TrainOptions:
 
 
 # A run may be continued for longer, reported more often or on another device without becoming another run.
-FREE_TO_CHANGE = frozenset({"duration", "slice", "status", "snapshot", "checkpoint"})
+FREE_TO_CHANGE = frozenset(
+    {"duration", "slice", "status", "snapshot", "checkpoint", "parallel", "recompute", "cuda_graph"}
+)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

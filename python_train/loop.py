@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import tqdm
 
-from python_train import UserError, checkpoint, data, magnitudes, rng
+from python_train import UserError, checkpoint, data, graph, magnitudes, rng, sharded_state
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.run_dir import RunDir
@@ -117,6 +117,7 @@ def _train(
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = _Reporter(trainer, run, world, elapsed, magnitudes.Probe(dataset, encoder, world.device))
+    step = graph.stepper(trainer)
     bar = tqdm.tqdm(
         total=stop,
         initial=first,
@@ -134,13 +135,12 @@ def _train(
                 loss = report.status()
                 if math.isfinite(loss):
                     bar.set_postfix(loss=f"{loss:.4f}")
-            if run is not None and _due(nimg, options.snapshot) and not resumed_here:
-                _save_snapshots(trainer, run.path, dataset, encoder)
+            if _due(nimg, options.snapshot) and not resumed_here:
+                _save_snapshots(trainer, run, dataset, encoder)
             asked = not done and request.agreed()
             if (asked or _due(nimg, options.checkpoint, done)) and nimg != first:
                 world.check_equal(net)
-                if run is not None:
-                    _save_state(trainer, run, report.elapsed())
+                _save_state(trainer, run, world, report.elapsed())
             if done:
                 return nimg
             if asked:
@@ -148,7 +148,7 @@ def _train(
                     f"asked to stop ({request.signal or 'another process'}): {nimg:,} images are done and saved"
                 )
             report.stop_maintenance()
-            trainer.step(batches)
+            step(batches)
             report.start_maintenance()
             bar.update(options.batch)
 
@@ -165,31 +165,41 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
     if state[0] is None:
         return 0.0
     try:
+        if "folder" in state[0]:
+            return sharded_state.load(Path(state[0]["folder"]), trainer)
         trainer.load_state_dict(state[0])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the training state does not fit this network ({error}); choose another --outdir") from error
     return state[0]["elapsed"]
 
 
-def _save_snapshots(trainer: Trainer, path: Path, dataset: data.Dataset, encoder: data.Encoder) -> None:
+def _save_snapshots(trainer: Trainer, run: RunDir | None, dataset: data.Dataset, encoder: data.Encoder) -> None:
     """One file for each tracked average (spec 5.3)."""
     for sigma_rel, profile in zip(trainer.ema.sigma_rels, trainer.ema.profiles, strict=True):
-        checkpoint.save_snapshot(
-            path / checkpoint.snapshot_name(trainer.nimg, sigma_rel),
-            trainer.net,
-            nimg=trainer.nimg,
-            sigma_rel=sigma_rel,
-            ema_kind="power",
-            dataset=dataset.facts(),
-            encoder=encoder.facts(),
-            parameters=profile,
-        )
+        parameters = trainer.whole(profile)
+        if run is not None:
+            checkpoint.save_snapshot(
+                run.path / checkpoint.snapshot_name(trainer.nimg, sigma_rel),
+                trainer.net,
+                nimg=trainer.nimg,
+                sigma_rel=sigma_rel,
+                ema_kind="power",
+                dataset=dataset.facts(),
+                encoder=encoder.facts(),
+                parameters=parameters,
+            )
 
 
-def _save_state(trainer: Trainer, run: RunDir, elapsed: float) -> None:
-    state = {"format_version": checkpoint.FORMAT_VERSION, "elapsed": elapsed, **trainer.state_dict()}
-    checkpoint.save_state(run.path / checkpoint.state_name(trainer.nimg), state)
-    run.drop_old_states()
+def _save_state(trainer: Trainer, run: RunDir | None, world: World, elapsed: float) -> None:
+    if trainer.shards is not None:
+        path = [None if run is None else run.path / checkpoint.state_name(trainer.nimg, sharded=True)]
+        torch.distributed.broadcast_object_list(path, src=0)
+        sharded_state.save(path[0], trainer, elapsed)
+    elif run is not None:
+        state = {"format_version": checkpoint.FORMAT_VERSION, "elapsed": elapsed, **trainer.state_dict()}
+        checkpoint.save_state(run.path / checkpoint.state_name(trainer.nimg), state)
+    if run is not None:
+        run.drop_old_states()
 
 
 class _Reporter:
@@ -243,8 +253,9 @@ class _Reporter:
             stats["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 2**30
             stats["Resources/peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
             torch.cuda.reset_peak_memory_stats()
+        net = trainer.whole_net()
         if self.run is not None:
-            buckets = self.probe.measure(trainer.net)
+            buckets = self.probe.measure(net)
             stats |= magnitudes.as_stats(buckets)
             self.run.log(_status_line(stats))
             drifting = magnitudes.drifting(buckets) if nimg else {}  # new weights are not normalised yet

@@ -6,14 +6,16 @@ numbers in definition order (spec 4.6), so weights load by name and a seed gives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edm2ext import ops
-from edm2ext.nn import Layer, MPConv, MPFourier, MPLinear, PreparedWeights
+from edm2ext.nn import Layer, MPConv, MPFourier, MPLinear, PreparedWeights, force_normalization
 from edm2ext.ops.prepared_weight import Gradients
 
 
@@ -103,7 +105,9 @@ class UNet(torch.nn.Module):
     """The raw network F (spec 3.1, 3.3): embedding, encoder with skips, decoder, output convolution.
 
     Further keyword arguments go to every :class:`Block`. Non-square inputs are legal as long as both sides are
-    divisible by ``2 ** (len(channel_mult) - 1)``.
+    divisible by ``2 ** (len(channel_mult) - 1)``. With ``recompute``, a training forward keeps of each block only its
+    input, and the backward pass computes the block again: less memory for a third more arithmetic, and the same
+    gradients bit for bit, dropout included.
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class UNet(torch.nn.Module):
             )
         self.img_channels = img_channels
         self.label_dim = label_dim
+        self.recompute = False
         self.label_balance = label_balance
         self.concat_balance = concat_balance
         self.dropout = float(block_kwargs.get("dropout", 0))
@@ -213,17 +218,45 @@ class UNet(torch.nn.Module):
         philox = None
         if self.training and self.dropout > 0:
             philox = torch.randint(2**63 - 1, [2], device=x.device)
+        run = _recomputed if self.recompute and self.training and torch.is_grad_enabled() else _kept
         skips: list[Tensor] = []
         for block in self.enc.values():
-            x = block(x, next(modulations), philox=philox) if isinstance(block, Block) else block(x)
+            x = run(block, x, next(modulations), None, philox) if isinstance(block, Block) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
             if "block" in name:
-                x, x_silu = ops.mp_cat(x, skips.pop(), t=self.concat_balance, silu=True)
-                x = block(x, next(modulations), x_silu, philox)
+                x = run(self._with_skip, block, x, skips.pop(), next(modulations), philox)
             else:
-                x = block(x, next(modulations), philox=philox)
+                x = run(block, x, next(modulations), None, philox)
         return self.out_conv(x, gain=self.out_gain)
+
+    def _with_skip(self, block: Block, x: Tensor, skip: Tensor, c: Tensor, philox: Tensor | None) -> Tensor:
+        """A block of the decoder, fed with the skip connection too."""
+        x, x_silu = ops.mp_cat(x, skip, t=self.concat_balance, silu=True)
+        return block(x, c, x_silu, philox)
+
+
+def _kept(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return function(*inputs)
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The function's value; for the backward pass it is computed again, from inputs that hold all randomness."""
+    # All of it, or hooks at the function's end (FSDP's) would not run.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(
+            function,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), _normalised_already()),
+        )
+
+
+@contextlib.contextmanager
+def _normalised_already() -> Iterator[None]:
+    with force_normalization("off"):
+        yield
 
 
 class Precond(torch.nn.Module):

@@ -1,26 +1,22 @@
 """What a run will take: arithmetic, memory traffic, memory, time and disk, predicted without a GPU for a dry run.
 
-One round of a training step runs on meta tensors, which counts its arithmetic, its traffic and what it keeps for the
-backward pass. Times are predictions: products at 70 % of the GPU's peak and all other traffic at 90 % of its bandwidth,
+One round of a training step runs on meta tensors, which counts its arithmetic, its traffic and the memory it needs at
+its peak. Times are predictions: products at 70 % of the GPU's peak and all other traffic at 90 % of its bandwidth,
 which single kernels were seen to reach on an H200 (700 of 989 TFLOP/s, 4.3 of 4.8 TB/s), one after the other, and no
 waiting in between.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 import edm2ext
-from edm2ext.traffic import Counter, counting
+from edm2ext.traffic import Counter, PeakMemory, counting
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.trainer import COMPUTE_DTYPES, Trainer
@@ -77,7 +73,7 @@ class Round:
     launches: int
     bytes: int  # outside of products; weight pass included
     bytes_of_products: int
-    saved: int  # kept between the forward and the backward pass, parameters and effective weights not counted
+    peak: int  # memory of activations and gradients; parameters, effective weights, moments and averages not counted
     optimizer_launches: int
     optimizer_bytes: int
 
@@ -95,46 +91,27 @@ def count_rounds(
         options = replace(options, batch=1, batch_gpu=1)
         trainer = Trainer(net, options, encoder, World(device=torch.device("meta")))
         for images in (1, *sizes):  # the first step makes the optimizer's state
-            flops = FlopCounterMode(display=False)
             batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
-            with _weighing(trainer) as saved, flops, counting() as counter:
+            with counting() as counter, PeakMemory() as peak:
                 trainer.step(itertools.repeat(batch))
-            rounds.append(_round(images, flops.get_total_flops(), sum(saved.values()), counter))
+            rounds.append(_round(images, peak.bytes, counter))
     return rounds[1:]
 
 
-def _round(images: int, flops: int, saved: int, counter: Counter) -> Round:
+def _round(images: int, peak: int, counter: Counter) -> Round:
     both = counter.total(phase="forward") + counter.total(phase="backward")
     products = counter.total(phase="forward", kind="product") + counter.total(phase="backward", kind="product")
     update = counter.total(phase="update")
     return Round(
         images=images,
-        flops=flops,
+        flops=counter.flops,
         launches=both.launches,
         bytes=both.bytes - products.bytes,
         bytes_of_products=products.bytes,
-        saved=saved,
+        peak=peak,
         optimizer_launches=update.launches,
         optimizer_bytes=update.bytes,
     )
-
-
-@contextlib.contextmanager
-def _weighing(trainer: Trainer) -> Iterator[dict[int, int]]:
-    """{storage: bytes} of what is saved for the backward pass within, each storage once."""
-    own = {t.untyped_storage()._cdata for t in (*trainer.params, *(trainer.prepared.effective or ()))}
-    saved: dict[int, int] = {}
-    alive = []
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if x.is_meta and storage._cdata not in own and storage._cdata not in saved:
-            saved[storage._cdata] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        yield saved
 
 
 @dataclass(frozen=True)
@@ -158,43 +135,59 @@ class Plan:
 
 
 def parameter_bytes(options: TrainOptions, parameters: int, world_size: int) -> int:
-    """Memory that every GPU holds for the parameters: fp32 values, gradients, two moments, averages; the effective
-    weights; and, with several processes, the buckets of the reduction."""
-    words = 4 + len(options.sigma_rels) + (world_size > 1)
-    return parameters * (4 * words + COMPUTE_DTYPES[options.precision].itemsize)
+    """Memory that every GPU holds for the parameters, without their gradients: fp32 values, two moments, averages; the
+    effective weights; and, with several processes, the buckets of the reduction. With FSDP all but the effective
+    weights are shared out; these are kept from the forward to the backward pass."""
+    effective = parameters * COMPUTE_DTYPES[options.precision].itemsize
+    words = 3 + len(options.sigma_rels)
+    if options.parallel == "fsdp" and world_size > 1:
+        return effective + parameters * 4 * words // world_size
+    return effective + parameters * 4 * (words + (world_size > 1))
 
 
 def predict(
     options: TrainOptions, gpu: GPU, world_size: int, resolution: int, channels: int, label_dim: int, parameters: int
 ) -> Plan:
-    """Memory, speed and MFU on ``world_size`` of these GPUs; MFU counts 2 flops a multiply-add, against the data sheet.
+    """Memory, speed and MFU on ``world_size`` of these GPUs; MFU counts 2 flops a multiply-add, against the data sheet,
+    and not what is recomputed.
 
     Raises RuntimeError if the library holds no CUDA kernels.
     """
     micro, rounds = options.rounds(world_size)
-    few, more = count_rounds(options, resolution, channels, label_dim, (1, 3))
-    slope = {
-        name: (getattr(more, name) - getattr(few, name)) / 2
-        for name in ("flops", "bytes", "bytes_of_products", "saved")
-    }
-    at = {name: getattr(few, name) + slope[name] * (micro - 1) for name in slope}
+    one, two = count_rounds(options, resolution, channels, label_dim, (micro, 2 * micro))
     peak, bandwidth = PEAK_SHARE * 1e12 * gpu.tflops(options.precision), BANDWIDTH_SHARE * 1e12 * gpu.bandwidth
-    seconds_of_products = max(at["flops"] / peak, at["bytes_of_products"] / bandwidth)
-    seconds = rounds * (seconds_of_products + at["bytes"] / bandwidth) + few.optimizer_bytes / bandwidth
+    seconds_of_products = max(one.flops / peak, one.bytes_of_products / bandwidth)
+    seconds = rounds * (seconds_of_products + one.bytes / bandwidth) + one.optimizer_bytes / bandwidth
     images_per_second = options.batch / seconds
-    fixed = parameter_bytes(options, parameters, world_size) + round(few.saved - slope["saved"])
+    useful = one.flops
+    if options.recompute:
+        (plain,) = count_rounds(replace(options, recompute=False), resolution, channels, label_dim, (micro,))
+        useful = plain.flops
+    memory_per_image = (two.peak - one.peak) / micro
+    fixed = parameter_bytes(options, parameters, world_size) + round(one.peak - memory_per_image * micro)
     room = FREE_MEMORY * gpu.memory * 2**30 - fixed
     return Plan(
         gpu=gpu,
-        flops_per_image=at["flops"] / micro,
-        bytes_per_image=(at["bytes"] + at["bytes_of_products"]) / micro,
-        launches=few.launches,
+        flops_per_image=one.flops / micro,
+        bytes_per_image=(one.bytes + one.bytes_of_products) / micro,
+        launches=one.launches,
         fixed_memory=fixed,
-        memory_per_image=slope["saved"],
+        memory_per_image=memory_per_image,
         micro_batch=micro,
-        largest_micro_batch=max(0, int(room / slope["saved"])),
+        largest_micro_batch=max(0, int(room / memory_per_image)),
         images_per_second=images_per_second,
-        mfu=at["flops"] / micro * images_per_second / world_size / (1e12 * gpu.tflops(options.precision)),
+        mfu=useful / micro * images_per_second / world_size / (1e12 * gpu.tflops(options.precision)),
+    )
+
+
+def describe_recompute(with_it: Plan, without: Plan) -> str:
+    """What recomputing activations saves and costs."""
+    gib = 2**30
+    saved = 1 - with_it.memory_per_image / without.memory_per_image
+    return (
+        f"{with_it.peak_memory / gib:,.1f} GiB with --recompute, {without.peak_memory / gib:,.1f} without: "
+        f"{with_it.memory_per_image / gib:,.3f} instead of {without.memory_per_image / gib:,.3f} GiB an image "
+        f"(-{100 * saved:.0f} %); {100 * (without.images_per_second / with_it.images_per_second - 1):.0f} % more time"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import edm2ext
 from python_train import UserError, config, data, loop, plan
-from python_train.config import FORCE_NORMALIZE, PRECISIONS, PRESETS, TrainOptions
+from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
 from python_train.run_dir import STATES_KEPT
 from python_train.stop import EXIT_STOPPED, Stopped
 from python_train.world import World, open_world
@@ -90,6 +91,11 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 @click.option("--loss-scaling", type=float, help="Constant factor on the loss. [1]")
 @click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude "
               "before every forward pass, as published, or within the optimizer's step. [forward]")  # fmt: skip
+@click.option("--parallel", type=click.Choice(PARALLEL), help="Between processes: every one holds the whole network, "
+              "or (fsdp) a share of its weights, gradients, moments and averages. [ddp]")  # fmt: skip
+@click.option("--recompute", is_flag=True, default=None, help="Keep only the inputs of the network's blocks for the "
+              "backward pass, which computes the rest again: less memory, more time, the same numbers.")  # fmt: skip
+@click.option("--cuda-graph", is_flag=True, default=None, help="Replay the step from a CUDA graph; not with fsdp.")
 @click.option("--seed", type=int, help="Seed of everything random. [0]")
 @click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")
@@ -230,13 +236,17 @@ def _print_prediction(
     if gpu is None:
         click.echo(f"predicted nothing without a GPU that is known; name one: --gpu {'|'.join(plan.GPUS)}")
         return
+    facts = (gpu, world.size, resolution, channels, label_dim, parameters)
     try:
-        found = plan.predict(options, gpu, world.size, resolution, channels, label_dim, parameters)
+        found = plan.predict(options, *facts)
+        without = plan.predict(dataclasses.replace(options, recompute=False), *facts) if options.recompute else None
     except RuntimeError as error:
         click.echo(f"predicted nothing: {error}")
         return
     for name, text in plan.describe(found, options):
         click.echo(f"{name:<10}{text}")
+    if without is not None:
+        click.echo(f"{'recompute':<10}{plan.describe_recompute(found, without)}")
 
 
 def _device_text(device: torch.device) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import tqdm
 
-from python_train import UserError, checkpoint, config
+from python_train import UserError, checkpoint, config, sharded_state
 
 STATES_KEPT = 3
 
@@ -51,7 +52,7 @@ class RunDir:
             self._log.close()
             raise UserError(f"another process is training in {path}") from error
         for leftover in (*path.glob(".training-state-*.tmp"), *path.glob(".network-snapshot-*.tmp")):
-            leftover.unlink()  # of a process that was killed while writing
+            _remove(leftover)  # of a process that was killed while writing
 
     def write_options(self) -> None:
         """Write options.json, from here on what a later run is compared with."""
@@ -83,7 +84,11 @@ class RunDir:
         """The newest training state that is whole; says so when a newer one is damaged. None if there is none."""
         for path in checkpoint.list_states(self.path):
             try:
-                state = checkpoint.load_state(path)
+                if path.is_dir():
+                    sharded_state.check(path)
+                    state = {"folder": str(path)}
+                else:
+                    state = checkpoint.load_state(path)
             except UserError as error:
                 self.log(f"WARNING: {error}; falling back to the training state before it")
                 continue
@@ -94,7 +99,15 @@ class RunDir:
     def drop_old_states(self) -> None:
         """Keep only the newest training states."""
         for path in checkpoint.list_states(self.path)[STATES_KEPT:]:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def close(self) -> None:
         self._log.close()
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder of `python_train.sharded_state`."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,11 +6,12 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from edm2ext.nn import PreparedWeights, force_normalization
 from edm2ext.optim import FusedAdam
 from edm2ext.phema import PowerEMA
 from python_train import data, rng
@@ -18,6 +19,9 @@ from python_train.config import TrainOptions
 from python_train.loss import EDM2Loss
 from python_train.network import Precond
 from python_train.world import World
+
+if TYPE_CHECKING:
+    from python_train.sharded import Shards
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,6 +53,9 @@ class Trainer:
     as those of effective weights; the optimizer's pass makes those of the weights and gains of them, once a step (spec
     2.6). Weights are force-normalised by the weight pass before every forward, or with ``options.force_normalize``
     "step" by the optimizer's pass, which then makes the next forward's effective weights as well.
+
+    With ``options.parallel`` "fsdp" and several processes ``shards`` holds this process's part of the parameters; then
+    every layer makes its own effective weight of what is gathered for it, and gradients are those of raw weights.
     """
 
     def __init__(
@@ -64,76 +71,147 @@ class Trainer:
         self.encoder = encoder or data.PixelEncoder()
         self.net = net.train().requires_grad_(True)
         self.net.compute_dtype = COMPUTE_DTYPES[options.precision]
+        self.net.unet.recompute = options.recompute
         self.names = [name for name, _ in net.named_parameters()]
-        self.params = list(net.parameters())
-        self.prepared = net.prepared_weights(gradients="effective")
-        for gain in self.prepared.gain_of.values():
-            gain.requires_grad_(False)  # the optimizer makes its gradient of its weight's
         self.loss = EDM2Loss(options.P_mean, options.P_std, net.sigma_data)
         self.raw: torch.nn.Module = _Raw(net)
+        self.normalize_in_step = options.force_normalize == "step"
+        self.shards: Shards | None = None
+        self.prepared: PreparedWeights | None = None
         if self.world.size > 1:
             for buffer in net.buffers():
                 torch.distributed.broadcast(buffer, src=0)  # once; DDP would do it in every forward
-            devices = [self.world.device] if self.world.device.type == "cuda" else None
-            ddp = torch.nn.parallel.DistributedDataParallel
-            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
-            no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.raw = ddp(self.raw, device_ids=devices, **no_sync)
+        if options.parallel == "fsdp" and self.world.size > 1:
+            from python_train.sharded import Shards  # whose imports take seconds
+
+            self.shards = Shards(self.raw, net, self.world)
+            self.params = self.shards.params
+        else:
+            self.prepared = net.prepared_weights(gradients="effective")
+            for gain in self.prepared.gain_of.values():
+                gain.requires_grad_(False)  # the optimizer makes its gradient of its weight's
+            self.params = list(net.parameters())
+            if self.world.size > 1:
+                self.raw = self._replicated()
         self.ema = PowerEMA(self.params, options.sigma_rels)
-        self.normalize_in_step = options.force_normalize == "step"
-        self.prepared.refresh(force=self.normalize_in_step)
-        self.optimizer = FusedAdam(
-            net,
-            options.lr,
-            betas=(0.9, 0.99),
-            eps=1e-8,
-            gains=self.prepared.gain_of,
-            gradients="effective",
-            ema=self.ema,
-            force_normalize=self.normalize_in_step,
-            prepared=self.prepared.effective_of if self.normalize_in_step else None,
-        )
+        self.optimizer = self._optimizer()
         self.nimg = 0
         self.lr = 0.0
+        self.losses: list[Tensor] = []  # means of the rounds since the last report
         self.loss_sum = torch.zeros([2], dtype=torch.float64, device=self.world.device)
+
+    def _replicated(self) -> torch.nn.Module:
+        """The network's forward, with gradients that are means over all processes."""
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        ddp = torch.nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
+        no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return ddp(self.raw, device_ids=devices, **no_sync)
+
+    def _optimizer(self) -> FusedAdam:
+        """Adam with averages; it makes the effective weights of the next forward if it is to normalise weights."""
+        adam = {"lr": self.options.lr, "betas": (0.9, 0.99), "eps": 1e-8, "ema": self.ema}
+        adam["force_normalize"] = self.normalize_in_step
+        if self.shards is not None:
+            optimizer = FusedAdam(self.params, weights=self.shards.weights, **adam)
+            optimizer.prepare()
+            return optimizer
+        self.prepared.refresh(force=self.normalize_in_step)
+        made = self.prepared.effective_of if self.normalize_in_step else None
+        return FusedAdam(self.net, gains=self.prepared.gain_of, gradients="effective", prepared=made, **adam)
+
+    def refresh(self) -> None:
+        """After weights were loaded."""
+        if self.prepared is not None:
+            self.prepared.refresh()
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step over ``options.batch`` images (spec 4.8, item 4)."""
+        self.reseed()
+        self.losses += [self.accumulate(index, *next(batches)) for index in range(self.rounds)]
+        self.optimizer.step(self.next_averages())
+        self.drop_gradients()
+
+    def reseed(self) -> None:
+        """All that a step draws depends on the seed, the process and the images before it (spec 4.6)."""
+        rng.reseed(self.options.seed, self.world.rank, self.nimg)
+
+    def next_averages(self) -> list[float]:
+        """Count a step's images and set its learning rate; returns 1 - beta of each average."""
         options = self.options
-        rng.reseed(options.seed, self.world.rank, self.nimg)
-        for round_index in range(self.rounds):
-            last = round_index == self.rounds - 1
-            with contextlib.nullcontext() if last or self.world.size == 1 else self.raw.no_sync():
-                self._accumulate(*next(batches))
         self.lr = learning_rate(self.nimg, options.batch, options.lr, options.decay, options.rampup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.nimg += options.batch
-        self.optimizer.step(self.ema.weights(self.nimg, options.batch))
-        self.optimizer.zero_grad(set_to_none=True)
+        return self.ema.weights(self.nimg, options.batch)
 
-    def _accumulate(self, stored: Tensor, labels: Tensor) -> None:
-        """Add the gradient of one micro-batch (spec 4.1)."""
+    def drop_gradients(self) -> None:
+        """Start the next step's gradients from nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.shards is not None:
+            self.shards.drop_gradients()
+
+    def accumulate(self, index: int, stored: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradient of a step's micro-batch (spec 4.1), after the last that of all processes; returns the mean
+        loss, 0-dim."""
+        last = index == self.rounds - 1
+        scale = self.options.loss_scaling / (self.micro_batch * self.rounds)
+        alone = last or self.world.size == 1 or self.shards is not None
+        with self._effective_weights(), contextlib.nullcontext() if alone else self.raw.no_sync():
+            mean = self.loss.backward(self.raw, self.encoder.encode(stored), labels, scale)
+        if last and self.shards is not None:
+            self.shards.collect_gradients()
+        return mean
+
+    def _effective_weights(self) -> contextlib.AbstractContextManager:
+        """Within, the layers multiply with the present effective weights."""
+        if self.prepared is None:
+            return force_normalization("off")
         if not self.normalize_in_step:
             self.prepared.refresh(force=True)
-        with self.prepared:
-            scale = self.options.loss_scaling / (self.micro_batch * self.rounds)
-            mean = self.loss.backward(self.raw, self.encoder.encode(stored), labels, scale)
-        finite = mean.isfinite()
-        self.loss_sum += torch.stack([torch.where(finite, mean, 0), finite])
+        return self.prepared
 
     def nonfinite(self) -> dict[str, int]:
-        """How many gradient values of which parameter were not finite so far and counted as 0 (spec 4.2)."""
-        return {name: n for name, n in zip(self.names, self.optimizer.nonfinite.tolist(), strict=True) if n}
+        """How many gradient values of which parameter were not finite so far and counted as 0 (spec 4.2). All processes
+        call this together."""
+        counts = self.optimizer.nonfinite
+        counts = counts if self.shards is None else self.shards.total(counts)
+        return {name: n for name, n in zip(self.names, counts.tolist(), strict=True) if n}
 
     def mean_loss(self) -> float:
         """Mean loss per element since the last call, over all processes; NaN if there was no finite one."""
+        self._sum_losses()
         total, count = self.world.sum(self.loss_sum).tolist()
         self.loss_sum.zero_()
         return total / count if count else math.nan
 
+    def _sum_losses(self) -> None:
+        if self.losses:
+            means = torch.cat([mean.reshape(-1) for mean in self.losses]).double()
+            finite = means.isfinite()
+            self.loss_sum += torch.stack([means.where(finite, 0).sum(), finite.sum()])
+            self.losses = []
+
+    def whole(self, parts: list[Tensor] | None = None) -> list[Tensor]:
+        """Tensors like the parameters (by default these themselves), whole, on rank 0; with shards, every process must
+        call this, and the others get none."""
+        parts = self.params if parts is None else parts
+        return parts if self.shards is None else self.shards.gather(parts)
+
+    def whole_net(self) -> Precond:
+        """The network, whole, on rank 0; with shards, every process must call this, and only rank 0's is whole."""
+        if self.shards is None:
+            return self.net
+        parameters = self.whole()
+        if self.world.rank > 0:
+            return self.net
+        net = Precond(**self.net.config).train(self.net.training).requires_grad_(False)
+        net.compute_dtype = self.net.compute_dtype
+        net.load_state_dict({**self.net.state_dict(), **dict(zip(self.names, parameters, strict=True))})
+        return net.to(self.world.device)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on besides the options."""
+        """Everything the next step depends on besides the options; with shards see `python_train.sharded_state`."""
         return {
             "nimg": self.nimg,
             "net": self.net.state_dict(),
@@ -148,5 +226,5 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.nonfinite.copy_(state["nonfinite"])
-        self.prepared.refresh()
+        self.refresh()
         self.nimg = state["nimg"]

@@ -42,10 +42,12 @@ class World:
             torch.distributed.barrier()
 
     def check_equal(self, net: torch.nn.Module) -> None:
-        """Raise RuntimeError, naming the tensor, where this process's parameters or buffers differ from rank 0's."""
+        """Raise RuntimeError, naming the tensor, where this process's parameters or buffers differ from rank 0's.
+        Shards of parameters are its own."""
         if self.size == 1:
             return
-        for name, value in net.state_dict().items():
+        state = net.state_dict().items()
+        for name, value in ((name, value) for name, value in state if type(value) is Tensor):
             first = value.clone()
             torch.distributed.broadcast(first, src=0)
             if not torch.equal(first.nan_to_num(), value.nan_to_num()):

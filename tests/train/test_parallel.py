@@ -1,6 +1,8 @@
 """Data-parallel training: several processes compute what one does, and their reductions overlap the backward pass."""
 
+import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,12 @@ def _process(rank: int, size: int, folder: str, force_normalize: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def processes(function: Callable[..., None], size: int, *arguments: object) -> None:
+    """Run function(rank, size, *arguments) in as many processes, which are forked from one that has imported torch."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "python_train.loop"])
+    torch.multiprocessing.start_processes(function, (size, *arguments), nprocs=size, start_method="forkserver")
+
+
 def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
     """Of all values as one vector."""
     flat = [torch.cat([x.double().flatten() for x in tensors]) for tensors in (got, expected)]
@@ -84,7 +92,7 @@ def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
 
 @pytest.mark.parametrize(("size", "force_normalize"), [(2, "forward"), (3, "step")])
 def test_processes_compute_what_one_does(tmp_path: Path, size: int, force_normalize: str) -> None:
-    torch.multiprocessing.spawn(_process, (size, str(tmp_path), force_normalize), nprocs=size)
+    processes(_process, size, str(tmp_path), force_normalize)
     alone = train_on_stored(World(), force_normalize)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     losses = torch.tensor([rank["losses"] for rank in ranks]).mean(dim=0)

@@ -1,0 +1,120 @@
+"""Training states of runs whose parameters are shared out: folders of torch.distributed.checkpoint, for any number of
+processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from python_train import UserError
+
+if TYPE_CHECKING:
+    from python_train.trainer import Trainer
+
+_CHECKSUMS = "checksums.json"
+
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """The training state as named tensors, to save or to load into; shards know their place in the whole."""
+    trainer.optimizer.make_state()
+    shards = trainer.shards
+    nonfinite = trainer.optimizer.nonfinite if shards is None else shards.total(trainer.optimizer.nonfinite)
+    state = {
+        "nimg": torch.tensor(trainer.nimg),
+        "nonfinite": nonfinite.clone(),
+        "elapsed": torch.zeros((), dtype=torch.float64),
+    }
+    state |= {f"net.{name}": buffer for name, buffer in trainer.net.named_buffers()}
+    for i, (name, param) in enumerate(zip(trainer.names, trainer.params, strict=True)):
+        adam = trainer.optimizer.state[param]
+        averages = {
+            f"ema-{sigma_rel}": trainer.ema.profiles[k][i] for k, sigma_rel in enumerate(trainer.ema.sigma_rels)
+        }
+        tensors = {"net": param.detach(), "exp_avg": adam["exp_avg"], "exp_avg_sq": adam["exp_avg_sq"], **averages}
+        for kind, tensor in tensors.items():
+            state[f"{kind}.{name}"] = tensor if shards is None else shards.spread(tensor, shards.whole[i])
+        state[f"step.{name}"] = adam["step"]
+    return state
+
+
+def save(path: Path, trainer: Trainer, elapsed: float) -> None:
+    """Write the training state as a folder of torch.distributed.checkpoint, to which every process adds its part.
+
+    The folder appears when it is whole, with checksums of its files. Every process must call this, and see the same
+    file system. Raises OSError on every process if any cannot write.
+    """
+    import torch.distributed.checkpoint as dcp  # 2 seconds
+
+    rank, size = trainer.world.rank, trainer.world.size
+    temporary = path.with_name(f".{path.name}.tmp")
+    state = _tensors(trainer)
+    state["elapsed"].fill_(elapsed)
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.world.wait()
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary))
+    except dcp.CheckpointException as error:
+        causes = [failure for failure, _ in error.failures.values()]
+        raise OSError(f"cannot write {path}: {causes[0]}") from error
+    own = {file.name: _checksum(file) for file in temporary.glob(f"__{rank}_*")}
+    parts: list[dict[str, int]] = [own] * size
+    torch.distributed.all_gather_object(parts, own)
+    if rank == 0:
+        sums = {name: value for part in parts for name, value in part.items()}
+        sums[".metadata"] = _checksum(temporary / ".metadata")
+        (temporary / _CHECKSUMS).write_text(json.dumps(sums))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    trainer.world.wait()
+
+
+def check(path: Path) -> None:
+    """Raises UserError unless a folder written by `save` is whole and no byte of it has changed."""
+    try:
+        sums = json.loads((path / _CHECKSUMS).read_text())
+        changed = [name for name, value in sums.items() if _checksum(path / name) != value]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+    if changed:
+        raise UserError(f"{path} is damaged: {changed[0]} does not match its checksum")
+
+
+def load(path: Path, trainer: Trainer) -> float:
+    """Restore what `save` wrote, from any number of processes, in any number; returns the time the run had taken.
+
+    The folder's index is a pickle, as torch.distributed.checkpoint writes it: load only folders that you trust. Every
+    process must call this. Raises ValueError if the state is of another network or of other averages.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    state = _tensors(trainer)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in a run of one process
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+    except dcp.CheckpointException as error:
+        raise ValueError(str(next(iter(error.failures.values()))[0])) from error
+    trainer.nimg = int(state["nimg"])
+    counts = state["nonfinite"]
+    if trainer.shards is not None and trainer.world.rank > 0:
+        counts = counts.where(torch.tensor([param.dim() == 0 for param in trainer.params]), 0)
+    trainer.optimizer.nonfinite.copy_(counts)
+    trainer.refresh()
+    return float(state["elapsed"])
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
