@@ -21,16 +21,21 @@ from python_train.checkpoint import snapshot_name, write_text
 from python_train.config import PRESETS
 from python_train.data import DIGITS, Encoder, open_dataset, open_encoder
 from python_train.generate import generate_batch
+from python_train.guidance import Guide
 from python_train.loss import EDM2Loss
+from python_train.metrics import ReferenceFeatures, feature_extractor, measure
 from python_train.network import Precond
 from python_train.pictures import SweepPoint, image_grid, plot_ema_sweep, plot_loss, read_stats, save_png
-from python_train.reconstruct import find_snapshots, reconstruct
+from python_train.reconstruct import Reconstruction, Snapshot, find_snapshots, reconstruct
 
 SIGMA_RELS = (0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
 NEEDED_ACCURACY, AIMED_ACCURACY = 0.95, 0.97
 SWEEP_SEED, FINAL_SEED = 100_000, 0
 BATCH = 250
-PICTURES = ("grid-samples.png", "grid-pixels.png", "grid-nearest.png", "ema-sweep.png", "loss.png")
+# Autoguidance by the same network at a tenth of its training, averaged over a longer time: it costs no training.
+GUIDE_TIME, GUIDE_SIGMA_REL, GUIDANCE = 0.1, 0.10, 1.5
+KID_REPLICATES = 20
+PICTURES = ("grid-samples.png", "grid-pixels.png", "grid-nearest.png", "grid-guided.png", "ema-sweep.png", "loss.png")
 
 
 def to_features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -67,18 +72,41 @@ def nearest_other(real: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def generate_classes(
-    net: Precond, encoder: Encoder, per_class: int, first_seed: int, num_steps: int, progress: tqdm
+    net: Precond,
+    encoder: Encoder,
+    per_class: int,
+    first_seed: int,
+    num_steps: int,
+    progress: tqdm,
+    guide: Guide | None = None,
+    seeds_per_class: int | None = None,
 ) -> NDArray[np.uint8]:
-    """``per_class`` images of every class, class by class: uint8 [classes * per_class, C, H, W], consecutive seeds."""
+    """``per_class`` images of every class, class by class: uint8 [classes * per_class, C, H, W].
+
+    Each class has ``seeds_per_class`` seeds (None = as many as images), of which it takes the first ones.
+    """
     classes = np.repeat(np.arange(net.label_dim), per_class)
+    seeds = first_seed + classes * (seeds_per_class or per_class) + np.tile(np.arange(per_class), net.label_dim)
+    guides = [] if guide is None else [guide]
     images = []
     with net.baked():
         for start in range(0, len(classes), BATCH):
-            chunk = classes[start : start + BATCH]
-            seeds = range(first_seed + start, first_seed + start + len(chunk))
-            images.append(generate_batch(net, encoder, seeds, chunk.tolist(), num_steps=num_steps).cpu().numpy())
-            progress.update(len(chunk))
+            chunk = slice(start, start + BATCH)
+            drawn = generate_batch(
+                net, encoder, seeds[chunk].tolist(), classes[chunk].tolist(), guides, num_steps=num_steps
+            )
+            images.append(drawn.cpu().numpy())
+            progress.update(len(drawn))
     return np.concatenate(images)
+
+
+def early_guide(snapshots: Sequence[Snapshot]) -> Reconstruction:
+    """The network that guides: the run's own, near `GUIDE_TIME` of its training, with the EMA length
+    `GUIDE_SIGMA_REL`."""
+    times = sorted({snapshot.nimg for snapshot in snapshots if snapshot.nimg > 0})
+    nimg = min(times, key=lambda time: abs(time - GUIDE_TIME * times[-1]))
+    (result,) = reconstruct(snapshots, [GUIDE_SIGMA_REL], nimg)
+    return result
 
 
 def objective(net: Precond, loss: EDM2Loss, images: Tensor, labels: Tensor) -> float:
@@ -104,6 +132,19 @@ class Verdict:
     close_threshold: float  # 1 % of the real digits have another one closer than this
     close_fraction: float  # of the generated: nearest real one closer than that
     copies: int  # generated images equal to a real one
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Images with autoguidance beside those of the same noise and classes without."""
+
+    guide_nimg: int
+    weight: float
+    images: int
+    accuracy: float
+    unguided_accuracy: float
+    nearest_median: float
+    unguided_nearest_median: float
 
 
 def judge_images(
@@ -144,6 +185,16 @@ def describe(verdict: Verdict) -> list[str]:
     ]
 
 
+def describe_guided(comparison: Comparison) -> str:
+    """The same for autoguidance."""
+    return (
+        f"autoguided by itself at {comparison.guide_nimg // 1000}k images, weight {comparison.weight:g}: "
+        f"{comparison.images} digits, class accuracy {100 * comparison.accuracy:.1f} % "
+        f"({100 * comparison.unguided_accuracy:.1f} % of the same noise without), median distance to the nearest real "
+        f"digit {comparison.nearest_median:.1f} ({comparison.unguided_nearest_median:.1f})"
+    )
+
+
 def rows_of_classes(images: NDArray[np.uint8], num_classes: int, columns: int) -> NDArray[np.uint8]:
     """The first ``columns`` images of each class as [classes, columns, C, H, W], from images ordered by class."""
     return images.reshape(num_classes, -1, *images.shape[1:])[:, :columns]
@@ -158,14 +209,15 @@ def finish(
     sweep_steps: int = 12,
     final_per_class: int = 50,
     final_steps: int = 32,
+    guided_per_class: int = 8,
     log: Callable[[str], None] = click.echo,
 ) -> Verdict:
     """Turn a finished training run on the digits into pictures and figures, in run_dir.
 
     Reconstructs the EMA lengths ``sigma_rels``, generates ``sweep_per_class`` digits a class with each, and keeps the
-    one with the lowest loss as a snapshot (accuracies differ by less than so few images can tell). Draws
-    ``final_per_class`` digits a class from it with other seeds, judges them, and writes `PICTURES` and
-    ``report.json``.
+    one with the lowest loss as a snapshot (accuracies and KID differ by less than so few images can tell). Draws
+    ``final_per_class`` digits a class from it with other seeds, judges them, and draws ``guided_per_class`` of them
+    again with autoguidance. Writes `PICTURES` and ``report.json``.
 
     Raises UserError if the run has no snapshots, or, after writing everything, if fewer than 95 % of the generated
     digits are taken for the class asked for.
@@ -179,6 +231,8 @@ def finish(
     clean, labels = encoder.encode(images).to(device), labels.to(device)
     loss = EDM2Loss(PRESETS[DIGITS]["P_mean"], PRESETS[DIGITS]["P_std"])
     num_classes = labels.shape[1]
+    to_pixels = feature_extractor("pixels")
+    real_pixels = ReferenceFeatures.of(to_pixels(images))
 
     sweep: list[SweepPoint] = []
     per_network = sweep_per_class * num_classes
@@ -190,7 +244,9 @@ def finish(
             accuracy = judge.accuracy(features, np.repeat(np.arange(num_classes), sweep_per_class))
             distance = float(np.median(nearest(features, real)[0]))
             value = objective(net, loss, clean, labels)
-            sweep.append(SweepPoint(candidate.sigma_rel, value, accuracy, len(drawn), distance))
+            kid = measure(to_pixels(torch.from_numpy(drawn)), real_pixels, KID_REPLICATES)["kid"]
+            point = SweepPoint(candidate.sigma_rel, value, accuracy, len(drawn), distance, kid.value, kid.std or 0.0)
+            sweep.append(point)
             if value <= min(point.loss for point in sweep):
                 chosen = candidate
     snapshot_path = run_dir / snapshot_name(chosen.nimg, chosen.sigma_rel, "phema")
@@ -202,6 +258,28 @@ def finish(
     classes = np.repeat(np.arange(num_classes), final_per_class)
     verdict = judge_images(chosen.sigma_rel, features, classes, real, judge)
 
+    guide = early_guide(snapshots)
+    with (
+        tqdm(total=guided_per_class * num_classes, desc="autoguided digits", unit="image") as progress,
+        guide.net.to(device).baked(),
+    ):
+        guided = generate_classes(
+            chosen.net, encoder, guided_per_class, FINAL_SEED, final_steps, progress, Guide(guide.net, GUIDANCE),
+            seeds_per_class=final_per_class,
+        )  # fmt: skip
+    same_noise = rows_of_classes(generated, num_classes, guided_per_class)
+    unguided_features, guided_features = (to_features(x.reshape(-1, *guided.shape[1:])) for x in (same_noise, guided))
+    guided_classes = np.repeat(np.arange(num_classes), guided_per_class)
+    comparison = Comparison(
+        guide_nimg=guide.nimg,
+        weight=GUIDANCE,
+        images=len(guided),
+        accuracy=judge.accuracy(guided_features, guided_classes),
+        unguided_accuracy=judge.accuracy(unguided_features, guided_classes),
+        nearest_median=float(np.median(nearest(guided_features, real)[0])),
+        unguided_nearest_median=float(np.median(nearest(unguided_features, real)[0])),
+    )
+
     names = [str(digit) for digit in range(num_classes)]
     title = f"Generated digits after {chosen.nimg // 1000}k images, EMA length {chosen.sigma_rel:g}"
     samples = rows_of_classes(generated, num_classes, 10)
@@ -212,12 +290,21 @@ def finish(
     pairs = rows_of_classes(pairs, num_classes, 5).reshape(num_classes, -1, *generated.shape[1:])
     grid = image_grid(pairs, names, "Generated (left) and nearest real digit (right)", columns_per_group=2)
     save_png(run_dir / "grid-nearest.png", grid)
+    both = np.concatenate([same_noise, rows_of_classes(guided, num_classes, guided_per_class)], axis=1)
+    title = f"Without guidance (left), autoguided by itself at {guide.nimg // 1000}k images (right)"
+    grid = image_grid(both, names, title, columns_per_group=guided_per_class, smooth=True)
+    save_png(run_dir / "grid-guided.png", grid)
     plot_ema_sweep(run_dir / "ema-sweep.png", sweep, chosen.sigma_rel, NEEDED_ACCURACY, verdict.real_nearest_median)
     plot_loss(run_dir / "loss.png", read_stats(run_dir / "stats.jsonl"))
-    figures = {"verdict": asdict(verdict), "sweep": [asdict(point) for point in sweep], "snapshot": snapshot_path.name}
+    figures = {
+        "verdict": asdict(verdict),
+        "autoguidance": asdict(comparison),
+        "sweep": [asdict(point) for point in sweep],
+        "snapshot": snapshot_path.name,
+    }
     write_text(run_dir / "report.json", json.dumps(figures, indent=2) + "\n")
 
-    for line in describe(verdict):
+    for line in [*describe(verdict), describe_guided(comparison)]:
         log(line)
     log("pictures:")
     for name in PICTURES:

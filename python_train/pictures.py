@@ -145,6 +145,8 @@ class SweepPoint:
     accuracy: float  # of a classifier on generated images, 0..1
     images: int  # that were generated for it
     nearest: float  # median distance of a generated image to the nearest training image
+    kid: float  # kernel distance of the generated images to the training images, in the space of their pixels
+    kid_error: float  # its standard error
 
     @property
     def accuracy_error(self) -> float:
@@ -160,17 +162,22 @@ def plot_ema_sweep(
     real_nearest: float,
     title: str = "EMA length, chosen after training",
 ) -> None:
-    """Plot loss, accuracy with its standard error, and nearest-neighbour distance against the EMA length sigma_rel."""
+    """Plot loss, KID and accuracy with their standard errors, and nearest-neighbour distance against the EMA length
+    sigma_rel."""
     points = sorted(sweep, key=lambda point: point.sigma_rel)
     sigma_rel = [point.sigma_rel for point in points]
-    figure, (loss_ax, accuracy_ax, nearest_ax) = _new_figure(title, 3)
-    for ax in (loss_ax, accuracy_ax, nearest_ax):
+    figure, (loss_ax, kid_ax, accuracy_ax, nearest_ax) = _new_figure(title, 4)
+    for ax in (loss_ax, kid_ax, accuracy_ax, nearest_ax):
         ax.axvline(chosen, color=ORANGE, linewidth=1, label=f"chosen: {chosen:g}" if ax is loss_ax else None)
     loss_ax.plot(sigma_rel, [point.loss for point in points], "o-", color=BLUE)
     loss_ax.set_ylabel("loss on training images\n(mean per pixel)")
+    label = f"{points[0].images} images each, ± standard error"
+    kid, kid_errors = 1000 * np.array([[point.kid, point.kid_error] for point in points]).T
+    kid_ax.errorbar(sigma_rel, kid, kid_errors, fmt="o-", color=BLUE, capsize=3, label=label)
+    kid_ax.axhline(0, color=GREY, linestyle="--", label="no difference from real ones")
+    kid_ax.set_ylabel("KID of pixels × 1000")
     accuracy = np.array([100 * point.accuracy for point in points])
     errors = np.array([100 * point.accuracy_error for point in points])
-    label = f"{points[0].images} images each, ± standard error"
     accuracy_ax.errorbar(sigma_rel, accuracy, errors, fmt="o-", color=BLUE, capsize=3, label=label)
     accuracy_ax.axhline(100 * needed_accuracy, color=GREY, linestyle="--", label=f"needed: {100 * needed_accuracy:g} %")
     accuracy_ax.set_ylim(min(90, (accuracy - errors).min() - 3), 100.5)
@@ -180,6 +187,6 @@ def plot_ema_sweep(
     nearest_ax.set_ylim(0, 1.3 * max(real_nearest, *(point.nearest for point in points)))
     nearest_ax.set_ylabel("median distance to nearest\nreal image (pixels 0..16)")
     nearest_ax.set_xlabel("EMA length σ_rel (width of the averaging profile / training time)")
-    for ax in (loss_ax, accuracy_ax, nearest_ax):
+    for ax in (loss_ax, kid_ax, accuracy_ax, nearest_ax):
         ax.legend(frameon=False)
     save_figure(path, figure)

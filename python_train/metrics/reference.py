@@ -151,12 +151,12 @@ def _published(path: Path, num: Any, statistics: Any) -> Gaussian:
 
 def _read_npz(path: Path) -> Reference:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             mu, sigma = arrays["mu"], arrays["sigma"]
         return Reference({"inception": ReferenceFeatures(_gaussian(path, 0, mu, sigma))}, name=path.stem)
     except UserError:
         raise
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged, or not a reference file with mu and sigma: {error}") from error
 
 

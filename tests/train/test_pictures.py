@@ -109,7 +109,7 @@ def test_plots_are_whole_pictures(tmp_path: Path) -> None:
     stats[0]["Loss/loss"] = float("nan")  # nothing was trained before the first report
     plot_loss(tmp_path / "loss.png", stats)
     plot_loss(tmp_path / "empty.png", [])
-    sweep = [SweepPoint(width, -width, 0.9 + width, 100, 20) for width in (0.05, 0.02)]
+    sweep = [SweepPoint(width, -width, 0.9 + width, 100, 20, width**2, 0.001) for width in (0.05, 0.02)]
     plot_ema_sweep(tmp_path / "sweep.png", sweep, 0.05, 0.95, 16.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "loss.png", "sweep.png"]
     for path in tmp_path.iterdir():
@@ -119,4 +119,4 @@ def test_plots_are_whole_pictures(tmp_path: Path) -> None:
 
 
 def test_accuracy_error_is_binomial() -> None:
-    assert SweepPoint(0.1, 0, 0.9, 100, 0).accuracy_error == pytest.approx(0.03)
+    assert SweepPoint(0.1, 0, 0.9, 100, 0, 0, 0).accuracy_error == pytest.approx(0.03)
