@@ -1,6 +1,7 @@
 """Launches and memory traffic of one training step, counted without a GPU and without memory for the network.
 
 python benchmarks/traffic.py --preset img512-s --batch 32 [--dtype fp16] [--backend native|reference] [--json FILE]
+    [--force-normalize forward|step]
 
 The step of `python_train.trainer` (for plain torch that of `benchmarks.plain_step`) runs on meta tensors: see
 `edm2ext.traffic`.
@@ -22,7 +23,7 @@ import torch
 import edm2ext
 from benchmarks.plain_step import PlainTrainer
 from edm2ext.traffic import PHASES, Counter, Traffic, counting
-from python_train.config import PRESETS, make_options
+from python_train.config import FORCE_NORMALIZE, PRESETS, make_options
 from python_train.network import Precond
 from python_train.trainer import COMPUTE_DTYPES, Trainer
 from python_train.world import World
@@ -30,7 +31,9 @@ from python_train.world import World
 _RESOLUTION_CHANNELS_LABELS = {"img512": (64, 4, 1000), "img64": (64, 3, 1000), "digits": (8, 1, 10)}
 
 
-def count_step(preset: str, batch: int, dtype: str | None = None, backend: str = "native") -> Counter:
+def count_step(
+    preset: str, batch: int, dtype: str | None = None, backend: str = "native", force_normalize: str | None = None
+) -> Counter:
     """Counts one optimizer step of the preset's network over a batch, all of it in one round.
 
     dtype is "fp32", "fp16" or "bf16", by default the preset's; backend "native" or "reference". Raises RuntimeError if
@@ -39,7 +42,7 @@ def count_step(preset: str, batch: int, dtype: str | None = None, backend: str =
     if backend == "native" and not edm2ext.build_info()["cuda_compiled"]:
         raise RuntimeError("--backend native needs a library with CUDA kernels: set EDM2EXT_CUDA=ON and run make setup")
     resolution, channels, label_dim = _RESOLUTION_CHANNELS_LABELS[preset.split("-")[0]]
-    options = make_options(preset, batch=batch, batch_gpu=batch, precision=dtype)
+    options = make_options(preset, batch=batch, batch_gpu=batch, precision=dtype, force_normalize=force_normalize)
     with torch.device("meta"), edm2ext.set_backend(backend), _adam_takes_meta():
         net = Precond(**options.network_config(resolution, channels, label_dim))
         encoded = SimpleNamespace(encode=lambda images: images)
@@ -114,16 +117,20 @@ def as_json(counter: Counter, **facts: object) -> str:
 @click.option("--batch", default=32, show_default=True, help="Images of the step.")
 @click.option("--dtype", type=click.Choice(list(COMPUTE_DTYPES)), help="Of the activations.  [default: the preset's]")
 @click.option("--backend", type=click.Choice(["native", "reference"]), default="native", show_default=True)
+@click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), default="forward", show_default=True)
 @click.option("--top", default=25, show_default=True, help="Ops to list by name.")
 @click.option(
     "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Also write every row to this file."
 )
-def main(preset: str, batch: int, dtype: str | None, backend: str, top: int, file: Path | None) -> None:
+def main(
+    preset: str, batch: int, dtype: str | None, backend: str, force_normalize: str, top: int, file: Path | None
+) -> None:
     try:
-        counter = count_step(preset, batch, dtype, backend)
+        counter = count_step(preset, batch, dtype, backend, force_normalize)
     except RuntimeError as error:
         sys.exit(str(error))
     facts = {"preset": preset, "batch": batch, "dtype": dtype or make_options(preset).precision, "backend": backend}
+    facts["force_normalize"] = force_normalize
     print(", ".join(f"{key} {value}" for key, value in facts.items()), f"torch {torch.__version__}\n", sep=", ")
     print("\n".join(table(counter, top)))
     if file is not None:

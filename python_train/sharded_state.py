@@ -9,7 +9,7 @@ import shutil
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -104,12 +104,47 @@ def load(path: Path, trainer: Trainer) -> float:
     except dcp.CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     trainer.nimg = int(state["nimg"])
-    counts = state["nonfinite"]
-    if trainer.shards is not None and trainer.world.rank > 0:
-        counts = counts.where(torch.tensor([param.dim() == 0 for param in trainer.params]), 0)
-    trainer.optimizer.nonfinite.copy_(counts)
+    _set_counts(trainer, state["nonfinite"])
     trainer.refresh()
     return float(state["elapsed"])
+
+
+def take(state: dict[str, Any], trainer: Trainer) -> None:
+    """Give each process its rows of a whole training state, as `Trainer.state_dict` makes it without shards."""
+    world, optimizer, averages = trainer.world, trainer.optimizer, trainer.ema
+    optimizer.make_state()
+    if list(state["ema"]["sigma_rels"]) != averages.sigma_rels:
+        raise ValueError(f"the state has averages of {state['ema']['sigma_rels']}, expected {averages.sigma_rels}")
+
+    def copy(into: Tensor, whole: Tensor) -> None:
+        if into.dim() > 0:
+            parts = whole.chunk(world.size)
+            whole = parts[world.rank] if world.rank < len(parts) else whole[:0]
+        if whole.shape != into.shape:
+            raise ValueError(f"expected a tensor of shape {list(into.shape)}, got {list(whole.shape)}")
+        into.copy_(whole)
+
+    for name, buffer in trainer.net.named_buffers():
+        buffer.copy_(state["net"][name])
+    for i, (name, param) in enumerate(zip(trainer.names, trainer.params, strict=True)):
+        adam, saved = optimizer.state[param], state["optimizer"]["state"][i]
+        pairs = [(param.detach(), state["net"][name])]
+        pairs += [(adam[key], saved[key]) for key in ("exp_avg", "exp_avg_sq", "step")]
+        pairs += [
+            (ours[i], theirs[i]) for ours, theirs in zip(averages.profiles, state["ema"]["profiles"], strict=True)
+        ]
+        for into, whole in pairs:
+            copy(into, whole)
+    _set_counts(trainer, state["nonfinite"])
+    trainer.nimg = state["nimg"]
+
+
+def _set_counts(trainer: Trainer, counts: Tensor) -> None:
+    """Non-finite gradient values of each parameter, over all processes: rank 0 keeps those of shards."""
+    if trainer.shards is not None and trainer.world.rank > 0:
+        gains = torch.tensor([param.dim() == 0 for param in trainer.params], device=counts.device)
+        counts = counts.where(gains, 0)
+    trainer.optimizer.nonfinite.copy_(counts)
 
 
 def _checksum(path: Path) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from edm2ext.nn import PreparedWeights, force_normalization
 from edm2ext.optim import FusedAdam
 from edm2ext.phema import PowerEMA
-from python_train import data, rng
+from python_train import data, rng, sharded_state
 from python_train.config import TrainOptions
 from python_train.loss import EDM2Loss
 from python_train.network import Precond
@@ -221,7 +221,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` saved."""
+        """Restore what :meth:`state_dict` saved, with or without shards."""
+        if self.shards is not None:
+            sharded_state.take(state, self)
+            return
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])

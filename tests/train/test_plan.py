@@ -18,7 +18,7 @@ PARAMETERS = 722_539
 @needs_kernels
 def test_counts_grow_with_the_images() -> None:
     options = make_options("digits")
-    one, two, four = plan.count_rounds(options, *DIGITS, (1, 2, 4))
+    one, two, four = plan.count_rounds(options, *DIGITS, (16, 32, 64))
     assert four.flops - two.flops == 2 * (two.flops - one.flops) > 0
     assert four.peak - two.peak == pytest.approx(2 * (two.peak - one.peak), rel=0.02)
     assert one.launches == four.launches > 50

@@ -1,5 +1,8 @@
 """FSDP2: several processes that share the parameters out compute what one does, and their states load in any number."""
 
+import contextlib
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from edm2ext import reference
 from edm2ext.phema import PowerEMA
-from python_train import UserError, checkpoint, config, run, sharded_state
+from python_train import UserError, checkpoint, config, data, loop, run, sharded_state
 from python_train.config import make_options
 from python_train.loop import build_network
 from python_train.trainer import Trainer
@@ -156,6 +159,51 @@ def test_processes_compute_what_one_does(tmp_path: Path) -> None:
     part.unlink()
     with pytest.raises(UserError, match="is damaged"):
         sharded_state.check(folder)
+
+
+LOOP = make_options(
+    "digits",
+    model_channels=8,
+    batch=64,
+    duration=2048,
+    force_normalize="step",
+    status=1024,
+    snapshot=2048,
+    checkpoint=1024,
+)
+
+
+def _loop(rank: int, size: int, folder: str, store: str, parallel: str, duration: int) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    options = dataclasses.replace(LOOP, parallel=parallel, duration=duration)
+    with contextlib.redirect_stdout(None):
+        loop.train(options, data.open_dataset(options.data, options.cond), folder, World(rank, size))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_run_is_shared_out_and_continued_otherwise(tmp_path: Path) -> None:
+    """As if it had been trained without; each kind of training state is continued from by the other."""
+    runs = tmp_path / "fsdp", tmp_path / "ddp"
+    for folder, first in zip(runs, ("fsdp", "ddp"), strict=True):
+        for part, parallel in enumerate((first, "ddp" if first == "fsdp" else "fsdp")):
+            processes(_loop, 2, str(folder), str(tmp_path / f"{first}{part}"), parallel, 2048 + 1024 * part)
+    (shared, other) = (
+        [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()] for folder in runs
+    )
+    for a, b in zip(shared, other, strict=True):
+        assert a["Progress/kimg"] == b["Progress/kimg"]
+        for key in a.keys() & {key for key in b if key.startswith(("Loss/", "Magnitude/"))}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+    assert [path.suffix for path in checkpoint.list_states(runs[0])] == [".pt", ".dcp", ".dcp"]
+    assert [path.suffix for path in checkpoint.list_states(runs[1])] == [".dcp", ".pt", ".pt"]
+    names = sorted(path.name for path in runs[0].glob("*.safetensors"))
+    assert len(names) == 4
+    for name in names:
+        a, b = (checkpoint.read_tensors(folder / name) for folder in runs)
+        for key in a:
+            torch.testing.assert_close(a[key].float(), b[key].float(), rtol=1e-2, atol=1e-2)
 
 
 def test_forced_normalisation_in_the_forward_is_refused() -> None:
