@@ -42,7 +42,7 @@ class Reconstruction:
 
     averages: in any order. Those at time 0 and after the last target's time are not averaged. targets: widths sigma_rel,
     or `Target`. groups: maps patterns of parameter names (``"unet.enc.*"``) to widths that those parameters get instead
-    in every target; the first pattern that fits counts. Raises ValueError for averages that do not hold the same
+    in every target; the first pattern that fits counts. kind: of the least-squares problem, see `fit`. Raises ValueError for averages that do not hold the same
     tensors, and as `fit` does.
     """
 
@@ -51,6 +51,7 @@ class Reconstruction:
         averages: Sequence[StoredAverage],
         targets: Sequence[Target | float],
         groups: Mapping[str, float] | None = None,
+        kind: str = "weights",
     ) -> None:
         self.targets = [t if isinstance(t, Target) else Target(float(t)) for t in targets]
         self.groups = dict(groups or {})
@@ -66,7 +67,8 @@ class Reconstruction:
         self.nimg = np.array([average.nimg for average in self.inputs], dtype=np.float64)
         self.std = np.array([average.sigma_rel for average in self.inputs], dtype=np.float64)
         widths = [None, *self.groups.values()]
-        self.fits = [fit(self.nimg, self.std, [_with_width(t, width) for t in self.targets]) for width in widths]
+        wanted = [[_with_width(target, width) for target in self.targets] for width in widths]
+        self.fits = [fit(self.nimg, self.std, group, kind) for group in wanted]
         coefs = [np.stack([found.coefs for found in fits], axis=1) for fits in self.fits]
         self.combination = Combination(self.inputs, coefs, self._group_of)
         for pattern, group in zip(self.groups, range(1, len(widths)), strict=True):
@@ -201,6 +203,7 @@ def reconstruct(
     outputs: Sequence[str | os.PathLike[str]] | None = None,
     *,
     groups: Mapping[str, float] | None = None,
+    kind: str = "weights",
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     memory: int = DEFAULT_MEMORY,
@@ -214,6 +217,7 @@ def reconstruct(
         targets: widths sigma_rel, or `Target` for another time or shape.
         outputs: a safetensors file to write for each target. None: state dicts are returned instead.
         groups: other widths for the parameters whose names match a pattern, see `Reconstruction`.
+        kind: "weights" for the least error of the weights, "profile" for the published coefficients, see `fit`.
         dtype: of the results, float16 or float32.
         device: where sums are made. memory: bytes of all buffers. threads: that read, and that write.
 
@@ -221,7 +225,7 @@ def reconstruct(
     or do not hold the same tensors, and for targets that cannot be made; OSError if the outputs cannot be written.
     """
     opened = [a if isinstance(a, StoredAverage) else open_average(a) for a in averages]
-    work = Reconstruction(opened, targets, groups)
+    work = Reconstruction(opened, targets, groups, kind)
     settings = {"dtype": dtype, "device": device, "memory": memory, "threads": threads}
     if outputs is None:
         return work.in_memory(**settings)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from edm2ext import phema
-from edm2ext.phema import Quality, Target, parse_sigma_rel_list
+from edm2ext.phema import FITS, Quality, Target, parse_sigma_rel_list
 from edm2ext.phema.stream import DEFAULT_MEMORY
 from python_train import UserError
 from python_train.checkpoint import FORMAT_VERSION, snapshot_name
@@ -128,6 +128,7 @@ Examples:
     python -m python_train.reconstruct --indir RUN --outdir RUN/phema --outstd 0.10 --group 'unet.dec.*=0.15'
     python -m python_train.reconstruct --indir RUN --outdir RUN/phema --outstd 0.0289 --shape window
 
+\b
 Two more commands, with a --help of their own:
   python -m python_train.reconstruct plan      how often and how a run should store its averages
   python -m python_train.reconstruct search    the length (and guidance) that is best by some metric
@@ -146,6 +147,9 @@ _PATH = click.Path(path_type=Path)
               "training. All have the standard deviation sigma_rel times the training time.")  # fmt: skip
 @click.option("--group", "groups", multiple=True, metavar="PATTERN=WIDTH", help="Give parameters whose names match the "
               "pattern (as unet.enc.*) this width in all results. The first that matches counts.")  # fmt: skip
+@click.option("--fit", "kind", type=click.Choice(FITS), default="weights", help="What to make as small as possible: the "
+              "error of the weights to expect, or that of the profile, which gives the published coefficients (Eqs. 128 "
+              "to 151).")  # fmt: skip
 @click.option("--prefix", help="Start of the output file names.  [default: phema; with --shape or --group, phema-window "
               "and the like]")  # fmt: skip
 @click.option("--inprefix", help="Use only input files named so.  [default: any tracked average]")
@@ -165,6 +169,7 @@ def main(
     outkimg: str | None,
     shape: str,
     groups: tuple[str, ...],
+    kind: str,
     prefix: str | None,
     inprefix: str | None,
     instd: str | None,
@@ -203,7 +208,7 @@ def main(
         if not todo:
             click.echo(f"all {len(targets)} results are there already")
             return
-        work = phema.Reconstruction(open_snapshots(snapshots), list(todo.values()), patterns)
+        work = phema.Reconstruction(open_snapshots(snapshots), list(todo.values()), patterns, kind)
         _print_expectations(work, times, list(patterns))
         if dry_run:
             return
