@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -212,7 +213,7 @@ def estimate_motion(
     def between(i: int, j: int) -> float:
         return speed(i, samples[j], cumulative[j], rounding[j] ** 2 * squares[j])
 
-    rates = [between(now, before) for before, now in zip(shortest[:-1], shortest[1:], strict=True)]
+    rates = [between(now, before) for before, now in pairwise(shortest)]
     first = np.flatnonzero(nimg == times[0])
     if start is not None:
         rates.insert(0, speed(shortest[0], start, np.ones_like(tau), 0.0))

@@ -151,7 +151,9 @@ class OutputFiles:
             position = json.loads(os.pread(self._journal, 1000, 0))["position"]
         except (ValueError, KeyError, TypeError):
             return 0
-        there = [part.exists() and part.stat().st_size == h[2] for part, h in zip(self._parts, self._heads, strict=True)]
+        there = [
+            part.exists() and part.stat().st_size == h[2] for part, h in zip(self._parts, self._heads, strict=True)
+        ]
         if position == self.combination.numel:  # interrupted while the files got their names
             there = [part or path.exists() for part, path in zip(there, self.paths, strict=True)]
         return position if all(there) else 0

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE, Fit, Motion, Target, estimate_motion, fit
+from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE, Motion, Target, estimate_motion, fit
 from edm2ext.phema.output import OutputFiles
 from edm2ext.phema.stored import HEADER, StoredAverage, open_average
 from edm2ext.phema.stream import DEFAULT_MEMORY, Combination, sample, stream
@@ -40,10 +40,10 @@ class Quality:
 class Reconstruction:
     """Averages with the profiles of `targets`, as combinations of stored ones of one run.
 
-    averages: in any order. Those at time 0 and after the last target's time are not averaged. targets: widths sigma_rel,
-    or `Target`. groups: maps patterns of parameter names (``"unet.enc.*"``) to widths that those parameters get instead
-    in every target; the first pattern that fits counts. kind: of the least-squares problem, see `fit`. Raises ValueError for averages that do not hold the same
-    tensors, and as `fit` does.
+    averages: in any order. Those at time 0 and after the last target's time are not averaged. targets: widths
+    sigma_rel, or `Target`. groups: maps patterns of parameter names (``"unet.enc.*"``) to widths that those parameters
+    get instead in every target; the first pattern that fits counts. kind: of the least-squares problem, see `fit`.
+    Raises ValueError for averages that do not hold the same tensors, and as `fit` does.
     """
 
     def __init__(

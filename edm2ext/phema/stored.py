@@ -22,7 +22,8 @@ from torch import Tensor
 
 from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE
 
-STORAGES = tuple(name for name in ROUNDING if name != "bf16")
+BYTES = {"fp16": 2, "fp16+8": 3, "fp32": 4}  # that a weight takes, by what `save_average` calls its storage
+STORAGES = tuple(BYTES)
 HEADER = "edm2"  # metadata key of the JSON header: nimg, sigma_rel and whatever else
 RESIDUAL_SUFFIX = ".residual.safetensors"
 DTYPES = {
@@ -201,7 +202,12 @@ def open_average(
     copied |= {clean_name(name) for name in header.get("buffers", [])}
     refined = with_residual(path, header, tensors)
     return StoredAverage(
-        path, nimg, sigma_rel, {names[n]: t for n, t in refined.items()}, header, frozenset(copied & set(names.values()))
+        path,
+        nimg,
+        sigma_rel,
+        {names[n]: t for n, t in refined.items()},
+        header,
+        frozenset(copied & set(names.values())),
     )
 
 

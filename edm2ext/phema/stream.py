@@ -241,7 +241,9 @@ class _Buffers:
 
 def _widths(combination: Combination) -> list[int]:
     """Bytes of the widest element of each input."""
-    return [max((span.dtypes[n].itemsize for span in combination.spans), default=1) for n in range(len(combination.inputs))]
+    return [
+        max((span.dtypes[n].itemsize for span in combination.spans), default=1) for n in range(len(combination.inputs))
+    ]
 
 
 def _sizes(combination: Combination, dtype: torch.dtype, memory: int) -> tuple[int, int]:

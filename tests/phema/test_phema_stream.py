@@ -126,9 +126,10 @@ def test_interrupted_job_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         real(self, files, span, n, first, target)
 
     monkeypatch.setattr(stream_module.Combination, "read_range", read_range)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        phema.reconstruct(paths, [0.06, 0.2], out, memory=1, threads=1)
+        with pytest.raises(Interrupted):
+            phema.reconstruct(paths, [0.06, 0.2], out, memory=1, threads=1)
     assert not any(path.exists() for path in out), "no file appears before it is whole"
     read.clear()
     phema.reconstruct(paths, [0.06, 0.2], out, memory=1, threads=1)
@@ -142,9 +143,10 @@ def test_interrupted_job_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_job_of_changed_inputs_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, out = store(tmp_path), [tmp_path / "out" / "0.safetensors"]
     monkeypatch.setattr(output_module, "_SECONDS_BETWEEN_SYNCS", 0)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        phema.reconstruct(paths, [0.06], out, memory=1, threads=1)
+        with pytest.raises(Interrupted):
+            phema.reconstruct(paths, [0.06], out, memory=1, threads=1)
     header = {"nimg": 1024, "sigma_rel": 0.05}
     save_file(some_tensors(7), paths[0], {"edm2": json.dumps(header)})
     phema.reconstruct(paths, [0.06], out)

@@ -76,7 +76,9 @@ def test_time_goes_on_and_is_kept() -> None:
 class _NoWaiting(TorchDispatchMode):
     """Everything that would make the host wait for a GPU is an error."""
 
-    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
         return function(*args, **(kwargs or {}))
 
