@@ -54,7 +54,7 @@ class Reconstruction:
         kind: str = "weights",
     ) -> None:
         self.targets = [t if isinstance(t, Target) else Target(float(t)) for t in targets]
-        self.groups = dict(groups or {})
+        self.groups, self.kind = dict(groups or {}), kind
         if not self.targets:
             raise ValueError("reconstruct: targets must not be empty")
         ordered = sorted(averages, key=lambda average: (average.nimg, average.sigma_rel))
@@ -88,8 +88,9 @@ class Reconstruction:
         values = sample(self.combination, threads=threads)
         start = None
         if self.start is not None and self.start.tensors.keys() == self.inputs[0].tensors.keys():
-            start = sample(Combination([self.start], [np.ones([1, 1])] * (1 + len(self.groups)), self._group_of))[0]
-            start = start if start.shape == values[0].shape else None
+            alone = Combination([self.start], [np.ones([1, 1])] * (1 + len(self.groups)), self._group_of)
+            if alone.offsets() == self.combination.offsets():
+                start = sample(alone, threads=threads)[0]
         return estimate_motion(self.nimg, self.std, values, self.rounding, start)
 
     def quality(self, motion: Motion | None = None) -> list[Quality]:
@@ -142,7 +143,7 @@ class Reconstruction:
         headers = headers or [self.header(target) for target in self.targets]
         buffers = {"buffers": sorted(self.combination.copied)} if self.combination.copied else {}
         metadata = [{HEADER: json.dumps({**header, **buffers})} for header in headers]
-        with OutputFiles(self.combination, [Path(path) for path in paths], metadata, dtype) as files:
+        with OutputFiles(self.combination, [Path(path) for path in paths], metadata, dtype, self.kind) as files:
 
             def written(position: int) -> None:
                 files.written(position)

@@ -25,7 +25,7 @@ from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE
 BYTES = {"fp16": 2, "fp16+8": 3, "fp32": 4}  # that a weight takes, by what `save_average` calls its storage
 STORAGES = tuple(BYTES)
 HEADER = "edm2"  # metadata key of the JSON header: nimg, sigma_rel and whatever else
-RESIDUAL_SUFFIX = ".residual.safetensors"
+RESIDUAL_SUFFIX = ".residual"  # no snapshot by its name, so that nothing takes it for one
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

@@ -15,9 +15,10 @@ from edm2ext import phema
 from edm2ext.phema import FITS, Quality, Target, parse_sigma_rel_list
 from edm2ext.phema.stream import DEFAULT_MEMORY
 from python_train import UserError
-from python_train.checkpoint import FORMAT_VERSION, snapshot_name
+from python_train.checkpoint import snapshot_name
 from python_train.config import format_nimg
 from python_train.reconstruct.snapshots import Snapshot, find_snapshots, open_snapshots, target_time
+from python_train.snapshot_storage import FORMAT_VERSION
 
 # Above these a result is not what was asked for: the profile differs visibly, or the weights are noisy.
 MOST_PROFILE_ERROR, MOST_NOISE = 0.02, 0.005
@@ -145,8 +146,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--outkimg", help="Training times wanted, in thousands of images, as 8388 or 8388,16777: as if training "
               "had stopped there.  [default: the latest]")  # fmt: skip
 @click.option("--shape", type=click.Choice(list(phema.SHAPES)), default="power", help="Of the averaging profile: "
-              "power, the tracked one; exponential, the classic EMA; window, the mean of the last sqrt(12) sigma_rel of the "
-              "training. All have the standard deviation sigma_rel times the training time.")  # fmt: skip
+              "power, the tracked one; exponential, the classic EMA; window, the mean of the last sqrt(12) sigma_rel "
+              "of training. All have the standard deviation sigma_rel times the training time.")  # fmt: skip
 @click.option("--group", "groups", multiple=True, metavar="PATTERN=WIDTH", help="Give parameters whose names match the "
               "pattern (as unet.enc.*) this width in all results. The first that matches counts.")  # fmt: skip
 @click.option("--fit", "kind", type=click.Choice(FITS), default="weights", help="What to make as small as possible: "

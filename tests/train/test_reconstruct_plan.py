@@ -66,7 +66,7 @@ def test_command_plans_and_shows_before_and_after(monkeypatch: pytest.MonkeyPatc
 
 
 def test_presets_are_known() -> None:
-    assert plan.parameters_of("img512-xs") == 124_709_377 or abs(plan.parameters_of("img512-xs") / 124.7e6 - 1) < 1e-3
+    assert plan.parameters_of("img512-xs") == pytest.approx(124.71e6, rel=1e-4), "spec 3.5"
 
 
 @pytest.mark.parametrize(
