@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+from edm2ext.phema import STORAGES
 from python_train import UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -70,6 +71,7 @@ class TrainOptions:
     seed: int = 0
     status: int = 128 * 2**10
     snapshot: int = 8 * 2**20
+    snapshot_storage: str = "fp16"
     checkpoint: int = 128 * 2**20
     parallel: str = "ddp"
     recompute: bool = False
@@ -124,6 +126,8 @@ class TrainOptions:
                 "parallel fsdp needs force-normalize step: a forward pass sees gathered copies of the weights, and "
                 "what it overwrites in them is lost; the optimizer's step normalises each process's own rows"
             )
+        if self.snapshot_storage not in STORAGES:
+            raise UserError(f"snapshot_storage must be one of {', '.join(STORAGES)}, got {self.snapshot_storage!r}")
         self.rounds(world_size)
         for name in ("duration", "slice", "status", "snapshot", "checkpoint"):
             value = getattr(self, name)
@@ -195,7 +199,7 @@ def make_options(preset: str | None = None, **overrides: Any) -> TrainOptions:
 
 # A run may be continued for longer, reported more often or on another device without becoming another run.
 FREE_TO_CHANGE = frozenset(
-    {"duration", "slice", "status", "snapshot", "checkpoint", "parallel", "recompute", "cuda_graph"}
+    {"duration", "slice", "status", "snapshot", "snapshot_storage", "checkpoint", "parallel", "recompute", "cuda_graph"}
 )
 
 

@@ -18,6 +18,7 @@ from python_train import UserError, checkpoint, data, graph, magnitudes, rng, sh
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.run_dir import RunDir
+from python_train.snapshot_storage import save_tracked
 from python_train.stop import Stopped, StopRequest
 from python_train.trainer import Trainer
 from python_train.world import World
@@ -178,12 +179,12 @@ def _save_snapshots(trainer: Trainer, run: RunDir | None, dataset: data.Dataset,
     for sigma_rel, profile in zip(trainer.ema.sigma_rels, trainer.ema.profiles, strict=True):
         parameters = trainer.whole(profile)
         if run is not None:
-            checkpoint.save_snapshot(
+            save_tracked(
                 run.path / checkpoint.snapshot_name(trainer.nimg, sigma_rel),
                 trainer.net,
+                trainer.options.snapshot_storage,
                 nimg=trainer.nimg,
                 sigma_rel=sigma_rel,
-                ema_kind="power",
                 dataset=dataset.facts(),
                 encoder=encoder.facts(),
                 parameters=parameters,

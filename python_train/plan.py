@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 
 import edm2ext
+from edm2ext.phema.stored import BYTES
 from edm2ext.traffic import Counter, PeakMemory, counting
 from python_train.config import TrainOptions
 from python_train.network import Precond
@@ -231,6 +232,6 @@ def describe_disk(options: TrainOptions, parameters: int, states_kept: int) -> s
     widths = " and ".join(f"{sigma_rel:g}" for sigma_rel in options.sigma_rels)
     return (
         f"{snapshots:,} snapshots of {profiles} averages (sigma_rel {widths}), "
-        f"{snapshots * profiles * parameters * 2 / 1e9:,.1f} GB; "
+        f"{snapshots * profiles * parameters * BYTES[options.snapshot_storage] / 1e9:,.1f} GB; "
         f"{states} training states, {states * parameters * 4 * (3 + profiles) / 1e9:,.1f} GB"
     )

@@ -12,6 +12,7 @@ import click
 import torch
 
 import edm2ext
+from edm2ext.phema import STORAGES, parse_sigma_rel_list
 from python_train import UserError, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
 from python_train.run_dir import STATES_KEPT
@@ -37,10 +38,17 @@ class _Integers(click.ParamType):
         return value if isinstance(value, tuple) else _converted(self, config.parse_ints, value, param, ctx)
 
 
+class _Widths(click.ParamType):
+    name = "WIDTH,WIDTH,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        return value if isinstance(value, tuple) else tuple(_converted(self, parse_sigma_rel_list, value, param, ctx))
+
+
 def _converted(kind: click.ParamType, parse: Any, value: Any, param: Any, ctx: Any) -> Any:
     try:
         return parse(value)
-    except UserError as error:
+    except ValueError as error:
         kind.fail(str(error), param, ctx)
 
 
@@ -99,6 +107,10 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 @click.option("--seed", type=int, help="Seed of everything random. [0]")
 @click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")
+@click.option("--snapshot-storage", type=click.Choice(STORAGES), help="Of snapshots: fp16; or, for EMA lengths below "
+              "0.03 without rounding noise, fp16 with eight more bits in a file beside, or fp32. [fp16]")  # fmt: skip
+@click.option("--sigma-rels", type=_Widths(), help="EMA lengths to track and store; python -m python_train.reconstruct "
+              "plan helps to choose. [0.05,0.1]")  # fmt: skip
 @click.option("--checkpoint", type=_ImageCount(), help="Interval of training states; 0 = off. [128Mi]")
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @click.option("--gpu", type=click.Choice(list(plan.GPUS)), help="With --dry-run: predict speed and memory for "

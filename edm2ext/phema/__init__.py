@@ -5,7 +5,7 @@ the files. `profiles` has the formulae, `fit` the least-squares problem and its 
 sums, `output` what is written, `reconstruction` all of it together.
 """
 
-from edm2ext.phema.fit import ROUNDING, Fit, Target, fit, solve_coefficients
+from edm2ext.phema.fit import FITS, ROUNDING, Fit, Target, fit, solve_coefficients
 from edm2ext.phema.power_ema import PowerEMA
 from edm2ext.phema.profiles import (
     MAX_SIGMA_REL,
@@ -20,6 +20,7 @@ from edm2ext.phema.reconstruction import Quality, Reconstruction, reconstruct
 from edm2ext.phema.stored import STORAGES, StoredAverage, open_average, save_average
 
 __all__ = [
+    "FITS",
     "MAX_SIGMA_REL",
     "ROUNDING",
     "SHAPES",

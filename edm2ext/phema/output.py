@@ -25,8 +25,8 @@ class OutputFiles:
     """The safetensors files of a combination's outputs, for `stream` to write into.
 
     Until `commit` they have hidden names that end in ``.part``; a journal beside them says how far they are written.
-    Opened again for the same inputs, coefficients and outputs, they are continued from `position`. Raises OSError if
-    the disk has no room for all of them, ValueError if another process writes them.
+    Opened again for the same inputs, coefficients (of the same `kind`) and outputs, they are continued from
+    `position`. Raises OSError if the disk has no room for all of them, ValueError if another process writes them.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class OutputFiles:
         paths: Sequence[Path],
         metadata: Sequence[dict[str, str]],
         dtype: torch.dtype = torch.float16,
+        kind: str = "",
     ) -> None:
-        self.combination, self.paths, self.dtype = combination, list(paths), dtype
+        self.combination, self.paths, self.dtype, self.kind = combination, list(paths), dtype, kind
         self._layout = self._tensors()
         self._heads = [layout_bytes(self._layout, entry) for entry in metadata]
         name = self._fingerprint()
@@ -141,8 +142,8 @@ class OutputFiles:
             digest.update(f"{path.resolve()} {head[2]}\n".encode() + head[0])
         for span in self.combination.spans:
             digest.update(f"{span.names} {span.group} {span.dtypes}\n".encode())
-        for coefs in self.combination.coefs:
-            digest.update(coefs.numpy().tobytes())
+        for coefs in self.combination.coefs:  # whose last bits may differ when they are solved for again
+            digest.update(f"{self.kind} {(coefs.numpy().round(3) + 0.0).tolist()}\n".encode())
         return digest.hexdigest()[:16]
 
     def _resume(self) -> int:
@@ -151,7 +152,9 @@ class OutputFiles:
             position = json.loads(os.pread(self._journal, 1000, 0))["position"]
         except (ValueError, KeyError, TypeError):
             return 0
-        there = [part.exists() and part.stat().st_size == h[2] for part, h in zip(self._parts, self._heads, strict=True)]
+        there = [
+            part.exists() and part.stat().st_size == h[2] for part, h in zip(self._parts, self._heads, strict=True)
+        ]
         if position == self.combination.numel:  # interrupted while the files got their names
             there = [part or path.exists() for part, path in zip(there, self.paths, strict=True)]
         return position if all(there) else 0

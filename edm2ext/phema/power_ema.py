@@ -27,9 +27,7 @@ class PowerEMA:
     come out right however often it is called.
     """
 
-    def __init__(
-        self, net_or_params: nn.Module | Iterable[Tensor], sigma_rels: Sequence[float] = (0.05, 0.10)
-    ) -> None:
+    def __init__(self, net_or_params: nn.Module | Iterable[Tensor], sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
         self.net = net_or_params if isinstance(net_or_params, nn.Module) else None
         if self.net is not None:
             named = {clean_name(name): p for name, p in self.net.named_parameters() if p.requires_grad}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE, Fit, Motion, Target, estimate_motion, fit
+from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE, Motion, Target, estimate_motion, fit
 from edm2ext.phema.output import OutputFiles
 from edm2ext.phema.stored import HEADER, StoredAverage, open_average
 from edm2ext.phema.stream import DEFAULT_MEMORY, Combination, sample, stream
@@ -40,10 +40,10 @@ class Quality:
 class Reconstruction:
     """Averages with the profiles of `targets`, as combinations of stored ones of one run.
 
-    averages: in any order. Those at time 0 and after the last target's time are not averaged. targets: widths sigma_rel,
-    or `Target`. groups: maps patterns of parameter names (``"unet.enc.*"``) to widths that those parameters get instead
-    in every target; the first pattern that fits counts. Raises ValueError for averages that do not hold the same
-    tensors, and as `fit` does.
+    averages: in any order. Those at time 0 and after the last target's time are not averaged. targets: widths
+    sigma_rel, or `Target`. groups: maps patterns of parameter names (``"unet.enc.*"``) to widths that those parameters
+    get instead in every target; the first pattern that fits counts. kind: of the least-squares problem, see `fit`.
+    Raises ValueError for averages that do not hold the same tensors, and as `fit` does.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class Reconstruction:
         averages: Sequence[StoredAverage],
         targets: Sequence[Target | float],
         groups: Mapping[str, float] | None = None,
+        kind: str = "weights",
     ) -> None:
         self.targets = [t if isinstance(t, Target) else Target(float(t)) for t in targets]
-        self.groups = dict(groups or {})
+        self.groups, self.kind = dict(groups or {}), kind
         if not self.targets:
             raise ValueError("reconstruct: targets must not be empty")
         ordered = sorted(averages, key=lambda average: (average.nimg, average.sigma_rel))
@@ -66,7 +67,8 @@ class Reconstruction:
         self.nimg = np.array([average.nimg for average in self.inputs], dtype=np.float64)
         self.std = np.array([average.sigma_rel for average in self.inputs], dtype=np.float64)
         widths = [None, *self.groups.values()]
-        self.fits = [fit(self.nimg, self.std, [_with_width(t, width) for t in self.targets]) for width in widths]
+        wanted = [[_with_width(target, width) for target in self.targets] for width in widths]
+        self.fits = [fit(self.nimg, self.std, group, kind) for group in wanted]
         coefs = [np.stack([found.coefs for found in fits], axis=1) for fits in self.fits]
         self.combination = Combination(self.inputs, coefs, self._group_of)
         for pattern, group in zip(self.groups, range(1, len(widths)), strict=True):
@@ -86,8 +88,9 @@ class Reconstruction:
         values = sample(self.combination, threads=threads)
         start = None
         if self.start is not None and self.start.tensors.keys() == self.inputs[0].tensors.keys():
-            start = sample(Combination([self.start], [np.ones([1, 1])] * (1 + len(self.groups)), self._group_of))[0]
-            start = start if start.shape == values[0].shape else None
+            alone = Combination([self.start], [np.ones([1, 1])] * (1 + len(self.groups)), self._group_of)
+            if alone.offsets() == self.combination.offsets():
+                start = sample(alone, threads=threads)[0]
         return estimate_motion(self.nimg, self.std, values, self.rounding, start)
 
     def quality(self, motion: Motion | None = None) -> list[Quality]:
@@ -140,7 +143,7 @@ class Reconstruction:
         headers = headers or [self.header(target) for target in self.targets]
         buffers = {"buffers": sorted(self.combination.copied)} if self.combination.copied else {}
         metadata = [{HEADER: json.dumps({**header, **buffers})} for header in headers]
-        with OutputFiles(self.combination, [Path(path) for path in paths], metadata, dtype) as files:
+        with OutputFiles(self.combination, [Path(path) for path in paths], metadata, dtype, self.kind) as files:
 
             def written(position: int) -> None:
                 files.written(position)
@@ -201,6 +204,7 @@ def reconstruct(
     outputs: Sequence[str | os.PathLike[str]] | None = None,
     *,
     groups: Mapping[str, float] | None = None,
+    kind: str = "weights",
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     memory: int = DEFAULT_MEMORY,
@@ -214,6 +218,7 @@ def reconstruct(
         targets: widths sigma_rel, or `Target` for another time or shape.
         outputs: a safetensors file to write for each target. None: state dicts are returned instead.
         groups: other widths for the parameters whose names match a pattern, see `Reconstruction`.
+        kind: "weights" for the least error of the weights, "profile" for the published coefficients, see `fit`.
         dtype: of the results, float16 or float32.
         device: where sums are made. memory: bytes of all buffers. threads: that read, and that write.
 
@@ -221,7 +226,7 @@ def reconstruct(
     or do not hold the same tensors, and for targets that cannot be made; OSError if the outputs cannot be written.
     """
     opened = [a if isinstance(a, StoredAverage) else open_average(a) for a in averages]
-    work = Reconstruction(opened, targets, groups)
+    work = Reconstruction(opened, targets, groups, kind)
     settings = {"dtype": dtype, "device": device, "memory": memory, "threads": threads}
     if outputs is None:
         return work.in_memory(**settings)

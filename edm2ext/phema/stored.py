@@ -22,9 +22,10 @@ from torch import Tensor
 
 from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE
 
-STORAGES = tuple(name for name in ROUNDING if name != "bf16")
+BYTES = {"fp16": 2, "fp16+8": 3, "fp32": 4}  # that a weight takes, by what `save_average` calls its storage
+STORAGES = tuple(BYTES)
 HEADER = "edm2"  # metadata key of the JSON header: nimg, sigma_rel and whatever else
-RESIDUAL_SUFFIX = ".residual.safetensors"
+RESIDUAL_SUFFIX = ".residual"  # no snapshot by its name, so that nothing takes it for one
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -52,12 +53,15 @@ class OpenFiles:
         self.close()
 
     def close(self) -> None:
+        """Close them all."""
         while self._open:
             os.close(self._open.popitem()[1])
 
     def read_into(self, path: Path, position: int, target: Tensor) -> None:
         """Fill a contiguous CPU tensor from this position. ValueError if the file ends before."""
-        view = memoryview(target.view(torch.uint8).numpy()).cast("B")
+        if target.numel() == 0:
+            return
+        view = memoryview(target.view(torch.uint8).numpy())
         descriptor = self._open.get(path)
         opened = os.open(path, os.O_RDONLY) if descriptor is None else None
         try:
@@ -132,8 +136,8 @@ class RefinedTensor:
 
 def spacing(x: Tensor) -> Tensor:
     """The distance of a float16 number from the next larger in magnitude, in float32."""
-    exponent = (x.view(torch.int16).to(torch.int32) >> 10) & 31
-    return torch.ldexp(torch.ones((), dtype=torch.float32), exponent.clamp(min=1) - 25)
+    exponent = (x.view(torch.int16).to(torch.int32) >> 10) & 31  # biased by 15; the mantissa has ten bits
+    return ((exponent.clamp(min=1) - 15 - 10 + 127) << 23).view(torch.float32)
 
 
 def residual(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +202,12 @@ def open_average(
     copied |= {clean_name(name) for name in header.get("buffers", [])}
     refined = with_residual(path, header, tensors)
     return StoredAverage(
-        path, nimg, sigma_rel, {names[n]: t for n, t in refined.items()}, header, frozenset(copied & set(names.values()))
+        path,
+        nimg,
+        sigma_rel,
+        {names[n]: t for n, t in refined.items()},
+        header,
+        frozenset(copied & set(names.values())),
     )
 
 

@@ -24,7 +24,7 @@ from edm2ext import ops
 from edm2ext.phema.stored import OpenFiles, StoredAverage, StoredTensor
 
 DEFAULT_MEMORY = 256 << 20
-_BLOCK = 16384  # elements whose sums are made at a time: those of all outputs stay in a cache
+_BLOCK = 8192  # elements whose sums a thread makes at a time: those of all outputs stay in a cache
 _AHEAD = 2  # tiles whose inputs, and whose outputs, are in memory at a time
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -147,10 +147,10 @@ def stream(
 ) -> None:
     """Make the sums and hand them to the sinks, one for each output, in `dtype` (float16 or float32).
 
-    Sums are in float32; where an input is float32, products and sums have twice that precision (`compensated` in
-    `ops.accumulate_snapshots`), since large coefficients of both signs meet there. device: where sums are made. memory:
-    bytes of all buffers together. threads: that read, and that write. first: the element to begin with; written(n) is
-    called when all elements before n have been written, from this thread.
+    Sums are in float32. Where inputs and outputs are finer than float16, products and sums have twice that precision
+    (`compensated` in `ops.accumulate_snapshots`), since large coefficients of both signs meet there. device: where sums
+    are made. memory: bytes of all buffers together. threads: that read, and that write. first: the element to begin
+    with; written(n) is called when all elements before n have been written, from this thread.
     """
     device = torch.device(device)
     block, tile = _sizes(combination, dtype, memory)
@@ -159,6 +159,7 @@ def stream(
         return
     tile = max(stop - start for _, start, stop in tiles)
     buffers = [_Buffers(combination, dtype, tile) for _ in tiles[:_AHEAD]]
+    totals = torch.empty(combination.outputs, min(block, tile) if device.type == "cpu" else tile, device=device)
     slots = len(buffers)
     paths = [average.path for average in combination.inputs]
     with (
@@ -193,7 +194,7 @@ def stream(
             finish_writing(k)
             buffer = buffers[k % slots]
             results = buffer.results(stop - start)
-            _combine(combination, span, buffer.inputs(span, stop - start), results, device, block)
+            _combine(combination, span, buffer.inputs(span, stop - start), results, totals)
             futures = [writers.submit(sink.write, start, row) for sink, row in zip(sinks, results, strict=True)]
             writing[k % slots] = stop, futures
         for k in range(len(tiles), len(tiles) + slots):
@@ -240,12 +241,14 @@ class _Buffers:
 
 def _widths(combination: Combination) -> list[int]:
     """Bytes of the widest element of each input."""
-    return [max((span.dtypes[n].itemsize for span in combination.spans), default=1) for n in range(len(combination.inputs))]
+    return [
+        max((span.dtypes[n].itemsize for span in combination.spans), default=1) for n in range(len(combination.inputs))
+    ]
 
 
 def _sizes(combination: Combination, dtype: torch.dtype, memory: int) -> tuple[int, int]:
     """Elements of a block and of a tile, so that all buffers fit into so much memory."""
-    block = max(256, min(_BLOCK, memory // (16 * combination.outputs)))
+    block = max(256, min(_BLOCK * torch.get_num_threads(), memory // (16 * combination.outputs)))
     per_element = _AHEAD * (sum(_widths(combination)) + combination.outputs * dtype.itemsize)
     tile = (memory - 4 * block * combination.outputs) // per_element
     return block, max(256, tile // block * block if tile > block else tile)
@@ -262,25 +265,23 @@ def _combine(
     span: Span,
     inputs: Sequence[Tensor],
     results: Tensor,
-    device: torch.device,
-    block: int,
+    totals: Tensor,
 ) -> None:
-    """results[m] = sum over n of coefs[n, m] inputs[n], block by block."""
+    """results[m] = sum over n of coefs[n, m] inputs[n], as many elements at a time as totals [outputs, block] has."""
     coefs = combination.coefs[span.group]
     columns: dict[int, list[int]] = {}
     for m, count in enumerate(combination.used):
         columns.setdefault(count, []).append(m)
-    compensated = torch.float32 in span.dtypes
-    size = results.shape[1]
-    block = block if device.type == "cpu" else size
-    for at in range(0, size, block):
-        stop = min(at + block, size)
+    compensated = results.dtype == torch.float32 and torch.float32 in span.dtypes
+    size, block = results.shape[1], totals.shape[1]
+    for start in range(0, size, block):
+        stop = min(start + block, size)
         for count, chosen in columns.items():
-            pieces = [x[at:stop] for x in inputs[:count]]
-            total = torch.zeros(len(chosen), stop - at, device=device)
+            total = totals[: len(chosen), : stop - start].zero_()
+            pieces = [x[start:stop] for x in inputs[:count]]
             ops.accumulate_snapshots(pieces, coefs[:count, chosen], total, compensated=compensated)
             if len(chosen) == len(results):
-                results[:, at:stop].copy_(total)
+                results[:, start:stop].copy_(total)
             else:
                 for row, m in zip(total, chosen, strict=True):
-                    results[m, at:stop].copy_(row)
+                    results[m, start:stop].copy_(row)

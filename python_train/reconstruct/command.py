@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 from edm2ext import phema
-from edm2ext.phema import Quality, Target, parse_sigma_rel_list
+from edm2ext.phema import FITS, Quality, Target, parse_sigma_rel_list
 from edm2ext.phema.stream import DEFAULT_MEMORY
 from python_train import UserError
-from python_train.checkpoint import FORMAT_VERSION, snapshot_name
+from python_train.checkpoint import snapshot_name
 from python_train.config import format_nimg
 from python_train.reconstruct.snapshots import Snapshot, find_snapshots, open_snapshots, target_time
+from python_train.snapshot_storage import FORMAT_VERSION
 
 # Above these a result is not what was asked for: the profile differs visibly, or the weights are noisy.
 MOST_PROFILE_ERROR, MOST_NOISE = 0.02, 0.005
@@ -42,7 +43,9 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not pattern or not equals:
-            raise UserError(f"--group: expected a pattern of parameter names and a width as unet.enc.*=0.05, got {text!r}")
+            raise UserError(
+                f"--group: expected a pattern of parameter names and a width as unet.enc.*=0.05, got {text!r}"
+            )
     return groups
 
 
@@ -86,8 +89,8 @@ def warnings(qualities: Sequence[Quality]) -> list[str]:
         worst = max(rough, key=lambda q: q.profile_error)
         found.append(
             f"the snapshots are too few for sigma_rel {_list(rough)}: the profile of {worst.target.sigma_rel:g} is off "
-            f"by {100 * worst.profile_error:.2g} % (its width comes out as {worst.sigma_rel:.3f}); snapshots at shorter "
-            "intervals, or another tracked width, would support it (python -m python_train.reconstruct plan)"
+            f"by {100 * worst.profile_error:.2g} % (its width comes out as {worst.sigma_rel:.3f}); snapshots at "
+            "shorter intervals, or another tracked width, would support it (python -m python_train.reconstruct plan)"
         )
     noisy = [q for q in qualities if q.rounding_noise > MOST_NOISE]
     if noisy:
@@ -128,6 +131,7 @@ Examples:
     python -m python_train.reconstruct --indir RUN --outdir RUN/phema --outstd 0.10 --group 'unet.dec.*=0.15'
     python -m python_train.reconstruct --indir RUN --outdir RUN/phema --outstd 0.0289 --shape window
 
+\b
 Two more commands, with a --help of their own:
   python -m python_train.reconstruct plan      how often and how a run should store its averages
   python -m python_train.reconstruct search    the length (and guidance) that is best by some metric
@@ -141,13 +145,16 @@ _PATH = click.Path(path_type=Path)
 @click.option("--outstd", required=True, help='Widths sigma_rel wanted: 0.05,0.10 or "0.010,0.015,...,0.250".')
 @click.option("--outkimg", help="Training times wanted, in thousands of images, as 8388 or 8388,16777: as if training "
               "had stopped there.  [default: the latest]")  # fmt: skip
-@click.option("--shape", type=click.Choice(list(phema.SHAPES)), default="power", help="Of the averaging profile: power, "
-              "the tracked one; exponential, the classic EMA; window, the mean of the last sqrt(12) sigma_rel of the "
-              "training. All have the standard deviation sigma_rel times the training time.")  # fmt: skip
+@click.option("--shape", type=click.Choice(list(phema.SHAPES)), default="power", help="Of the averaging profile: "
+              "power, the tracked one; exponential, the classic EMA; window, the mean of the last sqrt(12) sigma_rel "
+              "of training. All have the standard deviation sigma_rel times the training time.")  # fmt: skip
 @click.option("--group", "groups", multiple=True, metavar="PATTERN=WIDTH", help="Give parameters whose names match the "
               "pattern (as unet.enc.*) this width in all results. The first that matches counts.")  # fmt: skip
-@click.option("--prefix", help="Start of the output file names.  [default: phema; with --shape or --group, phema-window "
-              "and the like]")  # fmt: skip
+@click.option("--fit", "kind", type=click.Choice(FITS), default="weights", help="What to make as small as possible: "
+              "the error of the weights to expect, or that of the profile, which gives the published coefficients "
+              "(Eqs. 128 to 151).")  # fmt: skip
+@click.option("--prefix", help="Start of the output file names.  [default: phema; with --shape or --group, "
+              "phema-window and the like]")  # fmt: skip
 @click.option("--inprefix", help="Use only input files named so.  [default: any tracked average]")
 @click.option("--instd", help="Use only inputs of these widths.  [default: all]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp16", help="Of the results.")
@@ -165,6 +172,7 @@ def main(
     outkimg: str | None,
     shape: str,
     groups: tuple[str, ...],
+    kind: str,
     prefix: str | None,
     inprefix: str | None,
     instd: str | None,
@@ -203,7 +211,7 @@ def main(
         if not todo:
             click.echo(f"all {len(targets)} results are there already")
             return
-        work = phema.Reconstruction(open_snapshots(snapshots), list(todo.values()), patterns)
+        work = phema.Reconstruction(open_snapshots(snapshots), list(todo.values()), patterns, kind)
         _print_expectations(work, times, list(patterns))
         if dry_run:
             return

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from edm2ext import phema
 from edm2ext.phema import PowerEMA
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "phema.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "phema.safetensors")
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, limit: float = 1e-8) -> None:
