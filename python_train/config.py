@@ -44,8 +44,8 @@ class TrainOptions:
 
     All amounts of training are in images. ``lr`` is alpha_ref, ``decay`` is t_ref in iterations (0 = no decay),
     ``rampup`` is in images (0 = none). Intervals of 0 are off. ``batch_gpu`` None means the whole batch at once.
-    ``sample`` is the interval of sample grids, for which ``vae`` decodes latents; ``metric_images`` of them are compared
-    with the data (0 = none). ``wandb`` names a project.
+    ``sample`` is the interval of sample grids, for which ``vae`` decodes latents; ``metric_images`` images are compared
+    with the data then (0 = none). ``wandb`` names a project.
     """
 
     data: str = "digits"

@@ -131,7 +131,7 @@ def _train(
             nimg = trainer.nimg
             done, resumed_here = nimg >= stop, nimg == first and first > 0
             draw = _due(nimg, options.sample, done) and not resumed_here
-            if draw or _due(nimg, options.status, done) and not resumed_here:
+            if draw or (_due(nimg, options.status, done) and not resumed_here):
                 loss = report.status(draw)
                 if math.isfinite(loss):
                     bar.set_postfix(loss=f"{loss:.4f}")

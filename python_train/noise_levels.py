@@ -1,4 +1,4 @@
-"""How well a network denoises at each noise level, beside what it expects of itself: u(sigma) (spec 4.1; Eqs. 14-21)."""
+"""How well a network denoises at each noise level, beside what it expects of itself: u(sigma) (spec 4.1; Eq. 21)."""
 
 from __future__ import annotations
 

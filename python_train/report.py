@@ -132,7 +132,8 @@ def _curves(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
         ("Loss/learning_rate", "learning rate", ORANGE),
         ("Loss/effective_learning_rate", "learning rate / magnitude of weights", ORANGE),
     ]
-    curves += [(key, key.removeprefix("Metric/"), BLUE) for key in dict.fromkeys(k for e in stats for k in e) if "Metric/" in key]
+    metrics = dict.fromkeys(key for entry in stats for key in entry if key.startswith("Metric/"))
+    curves += [(key, key.removeprefix("Metric/"), BLUE) for key in metrics]
     for key, label, color in curves:
         x, y = _series(stats, key)
         if x:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from python_train import data, magnitudes, noise_levels
 from python_train.pictures import save_png

@@ -24,7 +24,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``folder``. What an earlier process wrote after ``start`` images is hidden: it is written again."""
+    """Event files in ``folder``. What an earlier process wrote after ``start`` images is hidden and written again."""
 
     def __init__(self, folder: Path, start: int) -> None:
         logging.getLogger("tensorflow").setLevel(logging.ERROR)  # tensorboard's stand-in for it speaks of itself

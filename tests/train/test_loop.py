@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edm2ext import ops
-from python_train import noise_levels, UserError, checkpoint, data, loop
+from python_train import UserError, checkpoint, data, loop, noise_levels
 from python_train.config import TrainOptions, make_options
 from python_train.loop import stop_point, train
 from python_train.loss import EDM2Loss
