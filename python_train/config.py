@@ -45,6 +45,8 @@ class TrainOptions:
 
     All amounts of training are in images. ``lr`` is alpha_ref, ``decay`` is t_ref in iterations (0 = no decay),
     ``rampup`` is in images (0 = none). Intervals of 0 are off. ``batch_gpu`` None means the whole batch at once.
+    ``sample`` is the interval of sample grids, for which ``vae`` decodes latents; ``metric_images`` images are compared
+    with the data then (0 = none). ``wandb`` names a project.
     """
 
     data: str = "digits"
@@ -73,6 +75,11 @@ class TrainOptions:
     snapshot: int = 8 * 2**20
     snapshot_storage: str = "fp16"
     checkpoint: int = 128 * 2**20
+    sample: int = 0
+    metric_images: int = 0
+    vae: str | None = None
+    tensorboard: bool = True
+    wandb: str | None = None
     parallel: str = "ddp"
     recompute: bool = False
     cuda_graph: bool = False
@@ -129,11 +136,16 @@ class TrainOptions:
         if self.snapshot_storage not in STORAGES:
             raise UserError(f"snapshot_storage must be one of {', '.join(STORAGES)}, got {self.snapshot_storage!r}")
         self.rounds(world_size)
-        for name in ("duration", "slice", "status", "snapshot", "checkpoint"):
+        for name in ("metric_images", "vae"):
+            if getattr(self, name) and not self.sample:
+                raise UserError(f"{name.replace('_', '-')} is for what sample draws: give its interval too")
+        if self.metric_images < 0 or self.metric_images == 1:
+            raise UserError(f"metric_images must be at least 2, or 0 for none, got {self.metric_images}")
+        for name in ("duration", "slice", "status", "snapshot", "checkpoint", "sample"):
             value = getattr(self, name)
             if value % self.batch:
                 raise UserError(f"{name} {value} is not divisible by batch {self.batch}")
-        for name in ("snapshot", "checkpoint"):
+        for name in ("snapshot", "checkpoint", "sample"):
             value = getattr(self, name)
             if value % 1024:
                 raise UserError(f"{name} {value} is not divisible by 1024 (file names count thousands of images)")
@@ -160,6 +172,7 @@ _DIGITS: dict[str, Any] = {
     "status": 4 * 2**10,
     "snapshot": 8 * 2**10,
     "checkpoint": 32 * 2**10,
+    "sample": 40 * 2**10,
 }
 
 
@@ -200,6 +213,7 @@ def make_options(preset: str | None = None, **overrides: Any) -> TrainOptions:
 # A run may be continued for longer, reported more often or on another device without becoming another run.
 FREE_TO_CHANGE = frozenset(
     {"duration", "slice", "status", "snapshot", "snapshot_storage", "checkpoint", "parallel", "recompute", "cuda_graph"}
+    | {"sample", "metric_images", "vae", "tensorboard", "wandb"}
 )
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import tqdm
 
-from python_train import UserError, checkpoint, data, graph, magnitudes, rng, sharded_state
+from python_train import UserError, checkpoint, data, graph, rng, sharded_state
 from python_train.config import TrainOptions
 from python_train.network import Precond
+from python_train.reporter import Reporter
 from python_train.run_dir import RunDir
 from python_train.snapshot_storage import save_tracked
 from python_train.stop import Stopped, StopRequest
@@ -117,7 +116,7 @@ def _train(
 
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
-    report = _Reporter(trainer, run, world, elapsed, magnitudes.Probe(dataset, encoder, world.device))
+    report = Reporter(trainer, dataset, encoder, run, elapsed)
     step = graph.stepper(trainer)
     bar = tqdm.tqdm(
         total=stop,
@@ -128,12 +127,13 @@ def _train(
         disable=not progress or world.rank > 0,
         mininterval=0.1 if sys.stderr.isatty() else 5.0,  # in a file each refresh is a line
     )
-    with bar:
+    with bar, contextlib.closing(report):
         while True:
             nimg = trainer.nimg
             done, resumed_here = nimg >= stop, nimg == first and first > 0
-            if _due(nimg, options.status, done) and not resumed_here:
-                loss = report.status()
+            draw = _due(nimg, options.sample, done) and not resumed_here
+            if draw or (_due(nimg, options.status, done) and not resumed_here):
+                loss = report.status(draw)
                 if math.isfinite(loss):
                     bar.set_postfix(loss=f"{loss:.4f}")
             if _due(nimg, options.snapshot) and not resumed_here:
@@ -201,101 +201,3 @@ def _save_state(trainer: Trainer, run: RunDir | None, world: World, elapsed: flo
         checkpoint.save_state(run.path / checkpoint.state_name(trainer.nimg), state)
     if run is not None:
         run.drop_old_states()
-
-
-class _Reporter:
-    """Status lines and statistics (spec 4.8, item 1). Time outside the optimizer steps is maintenance."""
-
-    def __init__(
-        self, trainer: Trainer, run: RunDir | None, world: World, elapsed: float, probe: magnitudes.Probe
-    ) -> None:
-        self.trainer = trainer
-        self.probe = probe
-        self.drifting: set[str] = set()
-        self.run = run
-        self.world = world
-        self.before = elapsed
-        self.start = self.tick_start = self.maintenance_start = time.monotonic()
-        self.maintenance = 0.0
-        self.tick_nimg = trainer.nimg
-        self.nonfinite_reported = trainer.nonfinite()
-
-    def elapsed(self) -> float:
-        return self.before + time.monotonic() - self.start
-
-    def start_maintenance(self) -> None:
-        self.maintenance_start = time.monotonic()
-
-    def stop_maintenance(self) -> None:
-        self.maintenance += time.monotonic() - self.maintenance_start
-
-    def status(self) -> float:
-        """Report what happened since the last call; returns the mean loss."""
-        trainer, now = self.trainer, time.monotonic()
-        loss = trainer.mean_loss()
-        nonfinite = trainer.nonfinite()
-        sec_per_tick = now - self.tick_start
-        nimg = trainer.nimg
-        stats = {
-            "Loss/loss": loss,
-            "Loss/learning_rate": trainer.lr,
-            "Progress/kimg": nimg / 1000,
-            "Timing/total_sec": self.elapsed(),
-            "Timing/sec_per_tick": sec_per_tick,
-            "Timing/sec_per_kimg": sec_per_tick / (nimg - self.tick_nimg) * 1000 if nimg > self.tick_nimg else math.nan,
-            "Timing/maintenance_sec": self.maintenance,
-            "Resources/cpu_mem_gb": _resident_bytes() / 2**30,
-            "Resources/peak_gpu_mem_gb": 0.0,
-            "Resources/peak_gpu_mem_reserved_gb": 0.0,
-            "Loss/nonfinite_gradients": sum(nonfinite.values()),
-            "timestamp": time.time(),
-        }
-        if self.world.device.type == "cuda":
-            stats["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            stats["Resources/peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        net = trainer.whole_net()
-        if self.run is not None:
-            buckets = self.probe.measure(net)
-            stats |= magnitudes.as_stats(buckets)
-            self.run.log(_status_line(stats))
-            drifting = magnitudes.drifting(buckets) if nimg else {}  # new weights are not normalised yet
-            for layer in drifting.keys() - self.drifting:
-                self.run.log(f"WARNING: {drifting[layer]}")
-            self.drifting = set(drifting)
-            new = {name: n - self.nonfinite_reported.get(name, 0) for name, n in nonfinite.items()}
-            where = [f"{name} ({n})" for name, n in new.items() if n]
-            if where:
-                others = f" and {len(where) - 3} other parameters" if len(where) > 3 else ""
-                self.run.log(
-                    f"WARNING: gradient values that were not finite since {self.tick_nimg:,} images, counted as 0: "
-                    f"{', '.join(where[:3])}{others}"
-                )
-            self.run.append_stats({key: float(_format(key, value)) for key, value in stats.items()})
-        self.nonfinite_reported = nonfinite
-        self.tick_start, self.tick_nimg = now, nimg
-        self.maintenance, self.maintenance_start = 0.0, now
-        return loss
-
-
-def _format(key: str, value: float) -> str:
-    return f"{value:.3f}" if key in ("Progress/kimg", "timestamp") else f"{value:g}"
-
-
-def _status_line(stats: dict[str, float]) -> str:
-    seconds = round(stats["Timing/total_sec"])
-    duration = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    return (
-        f"kimg {stats['Progress/kimg']:<9.1f} loss {stats['Loss/loss']:<8.4f} lr {stats['Loss/learning_rate']:<9.3g} "
-        f"time {duration:<10} sec/tick {stats['Timing/sec_per_tick']:<7.1f} "
-        f"sec/kimg {stats['Timing/sec_per_kimg']:<8.3g} maintenance {stats['Timing/maintenance_sec']:<6.1f} "
-        f"cpumem {stats['Resources/cpu_mem_gb']:<6.2f} gpumem {stats['Resources/peak_gpu_mem_gb']:<6.2f} "
-        f"reserved {stats['Resources/peak_gpu_mem_reserved_gb']:.2f}"
-    )
-
-
-def _resident_bytes() -> int:
-    """Memory this process occupies now (where /proc exists) or at most so far."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

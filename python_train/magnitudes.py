@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edm2ext.nn import MPConv, MPLinear
-from python_train import data
 from python_train.network import Block, Precond
 
 _BLOCK_NAME = re.compile(r"unet\.(enc|dec)\.(\d+)x\d+_\w+")
@@ -32,6 +33,7 @@ class Bucket:
     name: str
     activations: list[Magnitude]
     weights: list[Magnitude]
+    clipped: list[float]  # of each block: the fraction of its output's values that the clip at ±256 cut off
 
 
 def _by_bucket(net: Precond) -> Iterator[tuple[str, str, Block]]:
@@ -56,16 +58,24 @@ def measure(net: Precond, x: Tensor, sigma: Tensor, class_labels: Tensor | None 
     they are stored: 1 for unit-normal weights. The network is evaluated once; its mode is not changed.
     """
     squares: dict[str, Tensor] = {}
+    clipped: dict[str, float] = {}
     handles = []
     blocks = list(_by_bucket(net))
+
+    def record(layer: MPConv, args: tuple[Tensor, ...], options: dict[str, Any], y: Tensor, name: str) -> None:
+        if options.pop("then", None) is not None:  # fused with what follows
+            y = layer.forward(*args, **options)
+        squares[name] = y.float().square().mean(dim=(0, 2, 3))
+
+    def count(block: Block, _: object, y: Tensor, name: str) -> None:
+        clipped[name] = 0.0 if block.clip_act is None else float((y.abs() >= block.clip_act).float().mean())
+
     for _, block_name, block in blocks:
+        handles.append(block.register_forward_hook(partial(count, name=block_name)))
         for name, layer in block.named_modules():
             if isinstance(layer, MPConv):
-
-                def record(_: object, __: object, y: Tensor, name: str = f"{block_name}.{name}") -> None:
-                    squares[name] = y.float().square().mean(dim=(0, 2, 3))
-
-                handles.append(layer.register_forward_hook(record))
+                hook = partial(record, name=f"{block_name}.{name}")
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
     try:
         net(x, sigma, class_labels)
     finally:
@@ -75,7 +85,8 @@ def measure(net: Precond, x: Tensor, sigma: Tensor, class_labels: Tensor | None 
     emb = net.unet.embedding(c_noise, class_labels if net.label_dim else None)
     found: dict[str, Bucket] = {}
     for bucket_name, block_name, block in blocks:
-        bucket = found.setdefault(bucket_name, Bucket(bucket_name, [], []))
+        bucket = found.setdefault(bucket_name, Bucket(bucket_name, [], [], []))
+        bucket.clipped.append(clipped[block_name])
         name = f"{block_name}.emb_linear"
         squares[name] = block.emb_linear(emb, gain=block.emb_gain).square().mean(dim=0)
         for layer_name, layer in block.named_modules():
@@ -87,7 +98,8 @@ def measure(net: Precond, x: Tensor, sigma: Tensor, class_labels: Tensor | None 
 
 
 def as_stats(buckets: list[Bucket]) -> dict[str, float]:
-    """The largest and the mean magnitude of each bucket, as entries of statistics: "Magnitude/Enc 16/activations_max".
+    """The largest and the mean magnitude of each bucket, as entries of statistics: "Magnitude/Enc 16/activations_max",
+    and the largest clipped fraction, "Magnitude/Enc 16/clipped".
 
     Means are over layers, of the layers' means.
     """
@@ -97,7 +109,14 @@ def as_stats(buckets: list[Bucket]) -> dict[str, float]:
             magnitudes = getattr(bucket, kind)
             stats[f"Magnitude/{bucket.name}/{kind}_max"] = max(m.max for m in magnitudes)
             stats[f"Magnitude/{bucket.name}/{kind}_mean"] = sum(m.mean for m in magnitudes) / len(magnitudes)
+        stats[f"Magnitude/{bucket.name}/clipped"] = max(bucket.clipped)
     return stats
+
+
+def mean_weight(buckets: list[Bucket]) -> float:
+    """Mean magnitude of the weights: what a learning rate must be seen in relation to (the paper's configuration E)."""
+    means = [m.mean for bucket in buckets for m in bucket.weights]
+    return sum(means) / len(means)
 
 
 def drifting(buckets: list[Bucket], weights_to: float = 1.5, activations_to: float = 50.0) -> dict[str, str]:
@@ -109,23 +128,3 @@ def drifting(buckets: list[Bucket], weights_to: float = 1.5, activations_to: flo
         **{m.layer: f"activations of {m.layer} reach magnitude {m.max:.3g} (about 1 expected)" for m in activations},
         **{m.layer: f"weights of {m.layer} have rows of magnitude {m.max:.3g} (kept at 1)" for m in weights},
     }
-
-
-class Probe:
-    """The first images of a data set at fixed noise levels: what a network's magnitudes are measured on in training."""
-
-    def __init__(self, dataset: data.Dataset, encoder: data.Encoder, device: torch.device, images: int = 32) -> None:
-        self.indices = range(min(images, dataset.num_images))
-        self.dataset = dataset
-        self.encoder = encoder
-        self.device = device
-
-    def measure(self, net: Precond) -> list[Bucket]:
-        """Magnitudes of the network as it is, unaveraged: for all images once, sigma log-normal around the loss's."""
-        stored = torch.stack([torch.from_numpy(self.dataset.read(i)) for i in self.indices]).to(self.device)
-        labels = torch.stack([torch.as_tensor(self.dataset.label(i)) for i in self.indices]).to(self.device)
-        generator = torch.Generator().manual_seed(0)
-        images = self.encoder.encode(stored)
-        sigma = (torch.randn(len(images), generator=generator) * 1.4 - 0.6).exp().to(self.device)
-        noise = torch.randn(images.shape, generator=generator).to(self.device)
-        return measure(net, images + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels)

@@ -36,6 +36,8 @@ table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 
 pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); border-radius: 6px; padding: .7rem; }
 .warning { color: #c05621; }
 """
+_NOISE = re.compile(r"Noise/(.+)/error")
+_SAMPLES = re.compile(r"samples-(\d+)-(.+)\.png")
 _MAGNITUDE = re.compile(r"Magnitude/(.+)/(activations|weights)_(max|mean)")
 
 
@@ -64,8 +66,9 @@ def page(run_dir: Path) -> str:
             f'<p class="soft">{html.escape(_summary(description, stats))}</p>',
             *_warnings(run_dir),
             *_section("Curves", [_svg(figure) for figure in _curves(stats)]),
+            *_section("Error by noise level", [_svg(figure) for figure in _noise_levels(stats)]),
             *_section("Magnitudes by resolution", [_svg(figure) for figure in _magnitudes(stats)]),
-            *_section("Pictures", [_picture(file) for file in sorted(run_dir.glob("*.png"))]),
+            *_section("Pictures", [_picture(file) for file in _pictures(run_dir)]),
             *_sweep(run_dir),
             "<h2>Snapshots</h2>",
             _table(("file", "images", "sigma_rel", "MB"), list(_snapshots(run_dir))),
@@ -124,7 +127,13 @@ def _series(stats: Sequence[dict[str, float]], key: str) -> tuple[list[float], l
 
 
 def _curves(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
-    curves = [("Loss/loss", "loss (mean per pixel)", BLUE), ("Loss/learning_rate", "learning rate", ORANGE)]
+    curves = [
+        ("Loss/loss", "loss (mean per pixel)", BLUE),
+        ("Loss/learning_rate", "learning rate", ORANGE),
+        ("Loss/effective_learning_rate", "learning rate / magnitude of weights", ORANGE),
+    ]
+    metrics = dict.fromkeys(key for entry in stats for key in entry if key.startswith("Metric/"))
+    curves += [(key, key.removeprefix("Metric/"), BLUE) for key in metrics]
     for key, label, color in curves:
         x, y = _series(stats, key)
         if x:
@@ -153,6 +162,34 @@ def _magnitudes(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
                 axes.set_ylim(bottom=0)
                 axes.legend(frameon=False, fontsize="small", ncols=2)
                 yield figure
+
+
+def _noise_levels(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
+    """At the first, the middle and the last status that has them: the error of the denoised images, and what the
+    network expects it to be."""
+    known = [entry for entry in stats if any(map(_NOISE.fullmatch, entry))]
+    if not known:
+        return
+    figure, axes = _figure("λ(σ) · squared error")
+    axes.set_xlabel("noise level σ")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    chosen = {entry["Progress/kimg"]: entry for entry in (known[0], known[len(known) // 2], known[-1])}
+    for color, (kimg, entry) in zip((GREY, ORANGE, BLUE), chosen.items(), strict=False):
+        sigmas = [match[1] for key in entry if (match := _NOISE.fullmatch(key))]
+        x = [float(sigma) for sigma in sigmas]
+        axes.plot(x, [entry[f"Noise/{s}/error"] for s in sigmas], "o", color=color, label=f"{kimg:,.0f}k: measured")
+        expected = [entry.get(f"Noise/{s}/expected", math.nan) for s in sigmas]
+        axes.plot(x, expected, color=color, linewidth=1.2, label="expected, exp u(σ)")
+    axes.legend(frameon=False, fontsize="small", ncols=len(chosen))
+    yield figure
+
+
+def _pictures(run_dir: Path) -> list[Path]:
+    """All of the run's PNG files, but of the grids drawn during training the latest of each EMA length."""
+    files = sorted(run_dir.glob("*.png"))
+    latest = {match[2]: file for file in files if (match := _SAMPLES.fullmatch(file.name))}
+    return [file for file in files if not _SAMPLES.fullmatch(file.name) or file in latest.values()]
 
 
 def _svg(figure: Figure) -> str:

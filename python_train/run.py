@@ -112,6 +112,14 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 @click.option("--sigma-rels", type=_Widths(), help="EMA lengths to track and store; python -m python_train.reconstruct "
               "plan helps to choose. [0.05,0.1]")  # fmt: skip
 @click.option("--checkpoint", type=_ImageCount(), help="Interval of training states; 0 = off. [128Mi]")
+@click.option("--sample", type=_ImageCount(), help="Interval of sample grids, one for each EMA length, the same seeds "
+              "every time; 0 = off. [off]")  # fmt: skip
+@click.option("--metric-images", type=click.IntRange(min=0), help="With --sample: compare so many images with the data "
+              "(FD and KID of EfficientNet-Lite0's features). [0]")  # fmt: skip
+@click.option("--vae", help="With --sample on latents: the VAE that decodes them, a name or folder for diffusers.")
+@click.option("--tensorboard/--no-tensorboard", default=None, help="Statistics and grids for TensorBoard, in the run "
+              "directory. [--tensorboard]")  # fmt: skip
+@click.option("--wandb", help="Send statistics and grids to this project of Weights & Biases.")
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @click.option("--gpu", type=click.Choice(list(plan.GPUS)), help="With --dry-run: predict speed and memory for "
               "this GPU. [the one at hand]")  # fmt: skip

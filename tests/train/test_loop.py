@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edm2ext import ops
-from python_train import UserError, checkpoint, data, loop
+from python_train import UserError, checkpoint, data, loop, noise_levels
 from python_train.config import TrainOptions, make_options
 from python_train.loop import stop_point, train
 from python_train.loss import EDM2Loss
@@ -38,6 +38,8 @@ TINY = make_options(
     status=512,
     snapshot=2048,
     checkpoint=1024,
+    sample=0,
+    tensorboard=False,
 )
 
 
@@ -250,15 +252,18 @@ def test_status_and_checkpoint_files(tmp_path: Path) -> None:
         "training-state-0000001.pt",
     ]
     first, *_, last = [json.loads(line) for line in (outdir / "stats.jsonl").read_text().splitlines()]
+    kinds = ("activations_max", "activations_mean", "weights_max", "weights_mean", "clipped")
     assert {key for key in first if key.startswith("Magnitude/")} == {
-        f"Magnitude/{bucket}/{kind}_{which}"
-        for bucket in ("Enc 8", "Enc 4", "Dec 4", "Dec 8")
-        for kind in ("activations", "weights")
-        for which in ("max", "mean")
+        f"Magnitude/{bucket}/{kind}" for bucket in ("Enc 8", "Enc 4", "Dec 4", "Dec 8") for kind in kinds
     }
-    assert {key for key in first if not key.startswith("Magnitude/")} == {
+    levels = [f"{sigma:.3g}" for sigma in noise_levels.training_levels(TINY.P_mean, TINY.P_std)]
+    assert {key for key in first if key.startswith("Noise/")} == {
+        f"Noise/{level}/{kind}" for level in levels for kind in ("error", "expected")
+    }
+    assert {key for key in first if not key.startswith(("Magnitude/", "Noise/"))} == {
         "Loss/loss",
         "Loss/learning_rate",
+        "Loss/effective_learning_rate",
         "Loss/nonfinite_gradients",
         "Progress/kimg",
         "Timing/total_sec",

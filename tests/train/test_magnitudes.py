@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from edm2ext import reference
 from python_train import magnitudes
 from python_train.network import Precond
 
@@ -47,15 +48,30 @@ def test_a_network_at_initialisation_has_unit_magnitudes(net: Precond) -> None:
     assert not magnitudes.drifting(list(measured(net).values()))
 
 
-def test_against_hooks_by_hand(net: Precond) -> None:
+@pytest.mark.parametrize("name", ["conv_res0", "conv_res1", "attn_proj"])
+def test_layers_are_measured_before_what_is_fused_to_them(net: Precond, name: str) -> None:
+    inputs = []
+    layer = getattr(net.unet.dec["4x4_in0"], name)
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    bucket = measured(net)["Dec 4"]
+    handle.remove()
+    rms = reference.mp_conv2d(inputs[0], layer.weight).square().mean(dim=(0, 2, 3)).sqrt()
+    [found] = [m for m in bucket.activations if m.layer == f"unet.dec.4x4_in0.{name}"]
+    assert (found.mean, found.max) == pytest.approx((float(rms.mean()), float(rms.max())), rel=1e-5)
+    assert not layer._forward_hooks  # its own are gone
+
+
+def test_clipped_values_are_counted(net: Precond) -> None:
+    stats = magnitudes.as_stats(list(measured(net).values()))
+    assert stats["Magnitude/Dec 8/clipped"] == 0
+    block = net.unet.dec["8x8_block0"]
     outputs = []
-    layer = net.unet.dec["8x8_block0"].conv_res1
-    layer.register_forward_hook(lambda _, __, y: outputs.append(y))
-    bucket = measured(net)["Dec 8"]
-    rms = outputs[0].square().mean(dim=(0, 2, 3)).sqrt()
-    [found] = [m for m in bucket.activations if m.layer == "unet.dec.8x8_block0.conv_res1"]
-    assert (found.mean, found.max) == pytest.approx((float(rms.mean()), float(rms.max())), rel=1e-6)
-    assert not layer._forward_hooks or len(layer._forward_hooks) == 1  # its own are gone
+    block.register_forward_hook(lambda _, __, y: outputs.append(y))
+    block.clip_act = 1.0
+    stats = magnitudes.as_stats(list(measured(net).values()))
+    fraction = float((outputs[0].abs() == 1).float().mean())
+    assert stats["Magnitude/Dec 8/clipped"] == pytest.approx(fraction, rel=1e-6)
+    assert 0.1 < fraction < 0.9
 
 
 def test_drift_names_the_layer(net: Precond) -> None:
@@ -70,5 +86,5 @@ def test_drift_names_the_layer(net: Precond) -> None:
 
 def test_statistics(net: Precond) -> None:
     stats = magnitudes.as_stats(list(measured(net).values()))
-    assert len(stats) == 16
+    assert len(stats) == 4 * (2 * 2 + 1)
     assert 0.8 < stats["Magnitude/Enc 8/weights_mean"] < stats["Magnitude/Enc 8/weights_max"] < 1.5

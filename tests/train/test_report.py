@@ -25,6 +25,8 @@ def run(tmp_path: Path) -> Path:
             "Progress/kimg": 0.512 * i,
             "Loss/loss": 1 / (i + 1) if i else float("nan"),
             "Loss/learning_rate": 0.01,
+            "Metric/kid/0.050": 0.5 / (i + 1),
+            **{f"Noise/{sigma}/{kind}": 1.0 for sigma in (0.1, 2) for kind in ("error", "expected")},
             "Timing/sec_per_kimg": 2.5,
             "Timing/total_sec": 60.0 * i,
             **{
@@ -39,13 +41,16 @@ def run(tmp_path: Path) -> Path:
     (folder / "log.txt").write_text("kimg 1\nWARNING: weights of <layer> drift\n")
     (folder / "network-snapshot-0000002-0.050.safetensors").write_bytes(b"no snapshot")
     Image.new("RGB", (20, 10), (10, 200, 30)).save(folder / "grid.png")
+    for kimg in (1, 2):
+        Image.new("RGB", (20, 10), (10, 200, 30)).save(folder / f"samples-000000{kimg}-0.050.png")
     return folder
 
 
 def test_page(run: Path) -> None:
     text = report.page(run)
     assert text.startswith("<!doctype html>")
-    assert text.count("<svg") == 3 + 4  # loss, learning rate, speed; magnitudes of two kinds, largest and mean
+    assert text.count("<svg") == 4 + 1 + 4  # loss, learning rate, metric, speed; noise levels; magnitudes of 2 kinds
+    assert re.findall(r"samples-\d+-0\.050\.png</figcaption>", text) == ["samples-0000002-0.050.png</figcaption>"]
     assert "data:image/png;base64,iVBOR" in text
     assert "<h1>a &lt;run&gt;</h1>" in text
     assert "2,048 images (50 % of 4,096), 0:04 hours, loss 0.2000" in text
@@ -57,7 +62,7 @@ def test_page(run: Path) -> None:
 
 
 def test_a_run_that_has_just_begun(run: Path) -> None:
-    for name in ("stats.jsonl", "log.txt", "grid.png"):
+    for name in ("stats.jsonl", "log.txt", "grid.png", "samples-0000001-0.050.png", "samples-0000002-0.050.png"):
         (run / name).unlink()
     text = report.page(run)
     assert "no statistics yet" in text
