@@ -425,7 +425,7 @@ def test_data_that_changed_is_refused(tmp_path: Path) -> None:
 
 _OPTIONS = (
     "--preset digits --channels 8 --blocks 1 --channel-mult 1,2 --batch 64 --rampup 1000 --decay 20 --dropout 0.1 "
-    "--status 512 --snapshot 2048 --checkpoint 1024 --device cpu"
+    "--status 512 --snapshot 2048 --checkpoint 1024 --sample 0 --no-tensorboard --device cpu"
 )
 
 
