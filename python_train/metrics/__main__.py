@@ -50,7 +50,7 @@ def _reported() -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted; nothing was written") from None
+        raise click.ClickException("interrupted") from None
 
 
 def _weights_options(command: Any) -> Any:
@@ -367,11 +367,11 @@ def _gen(
         for drawing in drawings:
             if drawing.shape is not None:
                 reference.check_shape(ref_path, drawing.shape)
-        results = []
+        results: list[dict[str, Any]] = []
         for drawing in drawings:
             estimates = _compare(
                 random_subset(len(numbers), len(numbers)),
-                _producer(drawing, world.device),
+                _producer(drawing, reference, ref_path, world.device),
                 reference,
                 extractors,
                 replicates,
@@ -381,8 +381,7 @@ def _gen(
             if world.rank > 0:
                 continue
             facts = drawing.facts()
-            click.echo(f"{len(numbers)} images of {facts['file']} ({facts['nimg'] // 1000} kimg, sigma_rel "
-                       f"{facts['sigma_rel']}) against {ref_path}")  # fmt: skip
+            click.echo(f"{len(numbers)} images of {_in_words(facts)} against {ref_path}")
             for line in _table(estimates):
                 click.echo(line)
             _remark(estimates, len(numbers))
@@ -391,8 +390,21 @@ def _gen(
             _write_results(out, results)
 
 
-def _producer(drawing: Drawing, device: torch.device) -> Callable[..., Iterator[torch.Tensor]]:
-    return lambda batches: drawing.images(batches, device)
+def _producer(
+    drawing: Drawing, reference: Reference, ref_path: Path, device: torch.device
+) -> Callable[..., Iterator[torch.Tensor]]:
+    def produce(batches: Sequence[Any]) -> Iterator[torch.Tensor]:
+        for images in drawing.images(batches, device):
+            reference.check_shape(ref_path, tuple(images.shape[1:]))  # what a VAE makes is not known before
+            yield images
+
+    return produce
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    known = [f"{facts['nimg'] // 1000} kimg"] if facts["nimg"] is not None else []
+    known += [f"sigma_rel {facts['sigma_rel']:g}"] if facts["sigma_rel"] is not None else []
+    return facts["file"] + (f" ({', '.join(known)})" if known else "")
 
 
 def _stored_guides(files: Sequence[Any], sigma_rels: Sequence[float], kimgs: Sequence[int]) -> list[StoredGuide]:

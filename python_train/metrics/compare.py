@@ -58,6 +58,16 @@ def _estimate(values: Tensor) -> Estimate:
     return Estimate(float(values[0]), spread)
 
 
+def _weights(num: int, replicates: int, seed: int) -> Tensor:
+    """All images once, then the resamples: float64 [1 + replicates, num]."""
+    return torch.cat([torch.ones(1, num, dtype=torch.float64), resamples(num, replicates, seed)])
+
+
+def estimate_kid(generated: Tensor, reference: Tensor, replicates: int = 20, seed: int = 0) -> Estimate:
+    """KID of features [N,D] against [M,D] alone, with its spread over resamples of the generated ones."""
+    return _estimate(resampled_kid(generated, reference, _weights(len(generated), replicates, seed)))
+
+
 def measure(
     generated: Tensor,
     reference: ReferenceFeatures,
@@ -74,16 +84,16 @@ def measure(
     """
     _check(generated, reference)
     generated = generated.to("cpu", torch.float64)
-    once = torch.ones(1, len(generated), dtype=torch.float64)
-    weights = torch.cat([once, resamples(len(generated), replicates, seed)])
+    weights = _weights(len(generated), replicates, seed)
     distance = FrechetDistance(reference.gaussian)
-    result = {"fd": _estimate(torch.tensor([distance(gaussian_of(generated, row)) for row in weights]))}
+    distances = [distance(gaussian_of(generated, row)) for row in weights]
+    result = {"fd": _estimate(torch.tensor(distances, dtype=torch.float64))}
     if reference.features is None:
         return result
     x, y = generated.to(device), reference.features.to(device)
     result["kid"] = _estimate(resampled_kid(x, y, weights))
     parts = manifold(x, y)
-    y_weights = torch.cat([torch.ones(1, len(y), dtype=torch.float64), resamples(len(y), replicates, seed + 1)])
+    y_weights = _weights(len(y), replicates, seed + 1)
     for name, rows in (("precision", weights), ("recall", y_weights), ("density", weights), ("coverage", y_weights)):
         result[name] = _estimate(rows @ getattr(parts, name) / rows.sum(dim=1))
     return result
