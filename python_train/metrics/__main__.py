@@ -77,6 +77,8 @@ def _result_options(command: Any) -> Any:
                      "by.  [default: those of the reference file whose weights are at hand]"),
         click.option("--bootstrap", "replicates", type=click.IntRange(min=0), default=20, help="Resamples of the "
                      "images that intervals are made of; 0 = no intervals."),
+        click.option("--kid-subset", type=click.IntRange(min=2), help="Average KID over 100 random subsets of so "
+                     "many images, as published values are, instead of comparing all pairs; the interval is theirs."),
         click.option("--out", type=_PATH, help="Write the results to this JSON file as well."),
         click.option("--overwrite", is_flag=True, help="Replace --out if it is there."),
     ]  # fmt: skip
@@ -130,6 +132,7 @@ def _compare(
     reference: Reference,
     extractors: Sequence[FeatureExtractor],
     replicates: int,
+    kid_subset: int | None,
     batch: int,
     world: World,
 ) -> dict[str, Estimate]:
@@ -139,7 +142,9 @@ def _compare(
     for extractor in extractors if world.rank == 0 else ():
         generated = found[extractor.name].features
         assert generated is not None
-        result = measure(generated, reference.features[extractor.name], replicates, device=world.device)
+        result = measure(
+            generated, reference.features[extractor.name], replicates, device=world.device, kid_subset=kid_subset
+        )
         estimates.update(named_estimates(extractor.name, result))
     return estimates
 
@@ -252,6 +257,7 @@ def _calc(
     ref_path: Path,
     features: tuple[str, ...],
     replicates: int,
+    kid_subset: int | None,
     out: Path | None,
     overwrite: bool,
     num: int | None,
@@ -276,6 +282,7 @@ def _calc(
             reference,
             extractors,
             replicates,
+            kid_subset,
             batch,
             world,
         )
@@ -326,6 +333,7 @@ def _gen(
     ref_path: Path,
     features: tuple[str, ...],
     replicates: int,
+    kid_subset: int | None,
     out: Path | None,
     overwrite: bool,
     batch: int,
@@ -375,6 +383,7 @@ def _gen(
                 reference,
                 extractors,
                 replicates,
+                kid_subset,
                 batch,
                 world,
             )
