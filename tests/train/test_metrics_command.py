@@ -186,6 +186,7 @@ def test_gen_of_files(work: Path, tmp_path: Path) -> None:
     assert values(found[0]) != values(found[1])
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(work: Path, tmp_path: Path) -> None:
     """Two gloo processes against one, to the last bit."""
     args = ["gen", "--net", work / "run", "--sigma-rel", "0.05", "--seeds", "0-30", "--ref", work / "digits.ref"]
