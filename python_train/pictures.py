@@ -145,7 +145,7 @@ class SweepPoint:
     accuracy: float  # of a classifier on generated images, 0..1
     images: int  # that were generated for it
     nearest: float  # median distance of a generated image to the nearest training image
-    kid: float  # kernel distance of the generated images to the training images, in the space of their pixels
+    kid: float  # kernel distance of the generated images to the training images, by whitened principal components
     kid_error: float  # its standard error
 
     @property
@@ -175,7 +175,7 @@ def plot_ema_sweep(
     kid, kid_errors = 1000 * np.array([[point.kid, point.kid_error] for point in points]).T
     kid_ax.errorbar(sigma_rel, kid, kid_errors, fmt="o-", color=BLUE, capsize=3, label=label)
     kid_ax.axhline(0, color=GREY, linestyle="--", label="no difference from real ones")
-    kid_ax.set_ylabel("KID of pixels × 1000")
+    kid_ax.set_ylabel("KID of principal\ncomponents × 1000")
     accuracy = np.array([100 * point.accuracy for point in points])
     errors = np.array([100 * point.accuracy_error for point in points])
     accuracy_ax.errorbar(sigma_rel, accuracy, errors, fmt="o-", color=BLUE, capsize=3, label=label)

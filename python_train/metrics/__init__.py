@@ -6,7 +6,7 @@
 The commands are ``python -m python_train.metrics ref | calc | gen``.
 """
 
-from python_train.metrics.compare import ReferenceFeatures, measure, score
+from python_train.metrics.compare import ReferenceFeatures, estimate_kid, measure, score
 from python_train.metrics.extractors import FeatureExtractor, feature_extractor
 
-__all__ = ["FeatureExtractor", "ReferenceFeatures", "feature_extractor", "measure", "score"]
+__all__ = ["FeatureExtractor", "ReferenceFeatures", "estimate_kid", "feature_extractor", "measure", "score"]

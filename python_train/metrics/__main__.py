@@ -50,7 +50,7 @@ def _reported() -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted; nothing was written") from None
+        raise click.ClickException("interrupted") from None
 
 
 def _weights_options(command: Any) -> Any:
@@ -77,6 +77,8 @@ def _result_options(command: Any) -> Any:
                      "by.  [default: those of the reference file whose weights are at hand]"),
         click.option("--bootstrap", "replicates", type=click.IntRange(min=0), default=20, help="Resamples of the "
                      "images that intervals are made of; 0 = no intervals."),
+        click.option("--kid-subset", type=click.IntRange(min=2), help="Average KID over 100 random subsets of so "
+                     "many images, as published values are, instead of comparing all pairs; the interval is theirs."),
         click.option("--out", type=_PATH, help="Write the results to this JSON file as well."),
         click.option("--overwrite", is_flag=True, help="Replace --out if it is there."),
     ]  # fmt: skip
@@ -130,6 +132,7 @@ def _compare(
     reference: Reference,
     extractors: Sequence[FeatureExtractor],
     replicates: int,
+    kid_subset: int | None,
     batch: int,
     world: World,
 ) -> dict[str, Estimate]:
@@ -139,7 +142,9 @@ def _compare(
     for extractor in extractors if world.rank == 0 else ():
         generated = found[extractor.name].features
         assert generated is not None
-        result = measure(generated, reference.features[extractor.name], replicates, device=world.device)
+        result = measure(
+            generated, reference.features[extractor.name], replicates, device=world.device, kid_subset=kid_subset
+        )
         estimates.update(named_estimates(extractor.name, result))
     return estimates
 
@@ -252,6 +257,7 @@ def _calc(
     ref_path: Path,
     features: tuple[str, ...],
     replicates: int,
+    kid_subset: int | None,
     out: Path | None,
     overwrite: bool,
     num: int | None,
@@ -276,6 +282,7 @@ def _calc(
             reference,
             extractors,
             replicates,
+            kid_subset,
             batch,
             world,
         )
@@ -326,6 +333,7 @@ def _gen(
     ref_path: Path,
     features: tuple[str, ...],
     replicates: int,
+    kid_subset: int | None,
     out: Path | None,
     overwrite: bool,
     batch: int,
@@ -367,22 +375,22 @@ def _gen(
         for drawing in drawings:
             if drawing.shape is not None:
                 reference.check_shape(ref_path, drawing.shape)
-        results = []
+        results: list[dict[str, Any]] = []
         for drawing in drawings:
             estimates = _compare(
                 random_subset(len(numbers), len(numbers)),
-                _producer(drawing, world.device),
+                _producer(drawing, reference, ref_path, world.device),
                 reference,
                 extractors,
                 replicates,
+                kid_subset,
                 batch,
                 world,
             )
             if world.rank > 0:
                 continue
             facts = drawing.facts()
-            click.echo(f"{len(numbers)} images of {facts['file']} ({facts['nimg'] // 1000} kimg, sigma_rel "
-                       f"{facts['sigma_rel']}) against {ref_path}")  # fmt: skip
+            click.echo(f"{len(numbers)} images of {_in_words(facts)} against {ref_path}")
             for line in _table(estimates):
                 click.echo(line)
             _remark(estimates, len(numbers))
@@ -391,8 +399,21 @@ def _gen(
             _write_results(out, results)
 
 
-def _producer(drawing: Drawing, device: torch.device) -> Callable[..., Iterator[torch.Tensor]]:
-    return lambda batches: drawing.images(batches, device)
+def _producer(
+    drawing: Drawing, reference: Reference, ref_path: Path, device: torch.device
+) -> Callable[..., Iterator[torch.Tensor]]:
+    def produce(batches: Sequence[Any]) -> Iterator[torch.Tensor]:
+        for images in drawing.images(batches, device):
+            reference.check_shape(ref_path, tuple(images.shape[1:]))  # what a VAE makes is not known before
+            yield images
+
+    return produce
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    known = [f"{facts['nimg'] // 1000} kimg"] if facts["nimg"] is not None else []
+    known += [f"sigma_rel {facts['sigma_rel']:g}"] if facts["sigma_rel"] is not None else []
+    return facts["file"] + (f" ({', '.join(known)})" if known else "")
 
 
 def _stored_guides(files: Sequence[Any], sigma_rels: Sequence[float], kimgs: Sequence[int]) -> list[StoredGuide]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from python_train import UserError
-from python_train.metrics.kid import resampled_kid
+from python_train.metrics.kid import resampled_kid, subset_kid
 from python_train.metrics.manifold import manifold
 from python_train.metrics.moments import FrechetDistance, Gaussian, gaussian_of
 
@@ -58,32 +58,48 @@ def _estimate(values: Tensor) -> Estimate:
     return Estimate(float(values[0]), spread)
 
 
+def _weights(num: int, replicates: int, seed: int) -> Tensor:
+    """All images once, then the resamples: float64 [1 + replicates, num]."""
+    return torch.cat([torch.ones(1, num, dtype=torch.float64), resamples(num, replicates, seed)])
+
+
+def estimate_kid(generated: Tensor, reference: Tensor, replicates: int = 20, seed: int = 0) -> Estimate:
+    """KID of features [N,D] against [M,D] alone, with its spread over resamples of the generated ones."""
+    return _estimate(resampled_kid(generated, reference, _weights(len(generated), replicates, seed)))
+
+
 def measure(
     generated: Tensor,
     reference: ReferenceFeatures,
     replicates: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    kid_subset: int | None = None,
 ) -> dict[str, Estimate]:
     """Compare generated features [N,D] with a reference: ``fd``, and where it has features ``kid``, ``precision``,
     ``recall``, ``density`` and ``coverage``.
 
     The estimates' spread is over ``replicates`` resamples of the images over which a metric is an average: of the
-    generated ones for fd, kid, precision and density, of the reference for recall and coverage. Pairs are counted on
-    ``device``. Raises UserError for features that are not finite or do not fit, and for too few images.
+    generated ones for fd, kid, precision and density, of the reference for recall and coverage. With ``kid_subset`` KID
+    is averaged over 100 random subsets of so many images, as publications do, and its spread is over these. Pairs are
+    counted on ``device``. Raises UserError for features that are not finite or do not fit, and for too few images.
     """
     _check(generated, reference)
     generated = generated.to("cpu", torch.float64)
-    once = torch.ones(1, len(generated), dtype=torch.float64)
-    weights = torch.cat([once, resamples(len(generated), replicates, seed)])
+    weights = _weights(len(generated), replicates, seed)
     distance = FrechetDistance(reference.gaussian)
-    result = {"fd": _estimate(torch.tensor([distance(gaussian_of(generated, row)) for row in weights]))}
+    distances = [distance(gaussian_of(generated, row)) for row in weights]
+    result = {"fd": _estimate(torch.tensor(distances, dtype=torch.float64))}
     if reference.features is None:
         return result
     x, y = generated.to(device), reference.features.to(device)
-    result["kid"] = _estimate(resampled_kid(x, y, weights))
+    if kid_subset is None:
+        result["kid"] = _estimate(resampled_kid(x, y, weights))
+    else:
+        values = torch.tensor(subset_kid(x, y, kid_subset, seed=seed), dtype=torch.float64)
+        result["kid"] = Estimate(float(values.mean()), float(values.std()))
     parts = manifold(x, y)
-    y_weights = torch.cat([torch.ones(1, len(y), dtype=torch.float64), resamples(len(y), replicates, seed + 1)])
+    y_weights = _weights(len(y), replicates, seed + 1)
     for name, rows in (("precision", weights), ("recall", y_weights), ("density", weights), ("coverage", y_weights)):
         result[name] = _estimate(rows @ getattr(parts, name) / rows.sum(dim=1))
     return result

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from python_train import UserError
 
-ROWS = 1024  # of a kernel matrix at a time
+ROWS = 512  # of a kernel matrix at a time
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

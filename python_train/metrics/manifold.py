@@ -13,7 +13,7 @@ from torch import Tensor
 
 from python_train import UserError
 
-ROWS = 1024  # of a distance matrix at a time
+ROWS = 512  # of a distance matrix at a time
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
 

@@ -12,12 +12,26 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from python_train import UserError, demo
 from python_train.checkpoint import load_snapshot, save_snapshot, snapshot_name
-from python_train.data import open_dataset
-from python_train.demo import DigitJudge, finish, judge_images, nearest, nearest_other, to_features
+from python_train.data import open_dataset, open_encoder
+from python_train.demo import (
+    DigitJudge,
+    early_guide,
+    finish,
+    generate_classes,
+    judge_images,
+    nearest,
+    nearest_other,
+    rows_of_classes,
+    to_features,
+)
+from python_train.generate import generate_batch
+from python_train.guidance import Guide
 from python_train.network import Precond
+from python_train.reconstruct import find_snapshots, reconstruct
 
 SMALL = {"sigma_rels": (0.05, 0.12), "sweep_per_class": 1, "sweep_steps": 2, "final_per_class": 12, "final_steps": 2}
 
@@ -100,6 +114,9 @@ def test_bad_digits_fail_after_everything_is_written(run_dir: Path) -> None:
     report = json.loads((run_dir / "report.json").read_text())
     assert [point["sigma_rel"] for point in report["sweep"]] == [0.05, 0.12]
     assert report["verdict"]["images"] == 120
+    assert all(point["kid"] > 1 and point["kid_error"] > 0 for point in report["sweep"])
+    assert report["autoguidance"]["guide_nimg"] == 8192
+    assert report["autoguidance"]["images"] == 80
     best = min(report["sweep"], key=lambda point: point["loss"])["sigma_rel"]
     _, header = load_snapshot(run_dir / report["snapshot"])
     assert (header["ema_kind"], header["sigma_rel"], header["nimg"]) == ("phema", best, 16384)
@@ -120,11 +137,36 @@ def test_good_digits_pass(
     verdict = finish(run_dir, log=lines.append, **SMALL)
     assert verdict.accuracy > 0.98
     assert verdict.copies == verdict.images == 120
+    report = json.loads((run_dir / "report.json").read_text())
+    assert all(abs(point["kid"]) < 0.5 for point in report["sweep"])
+    assert report["autoguidance"]["accuracy"] == report["autoguidance"]["unguided_accuracy"] > 0.95
+    assert lines[3].startswith("autoguided by itself at 8k images, weight 1.5: 80 digits, class accuracy ")
     assert lines[0].startswith("class accuracy of 120 generated digits: ")
     assert "(needs 95 %, aim 97 %;" in lines[0]
     assert "exact copies: 120" in lines[2]
     again = finish(run_dir, log=lines.append, **SMALL)  # its own reconstruction is not taken for an input
     assert again == verdict
+
+
+def test_guided_digits_have_the_noise_of_the_others(run_dir: Path) -> None:
+    snapshots = find_snapshots(run_dir)
+    (main,) = reconstruct(snapshots, [0.10])
+    encoder = open_encoder(main.encoder)
+    guide = early_guide(snapshots)
+    assert (guide.nimg, guide.sigma_rel) == (8192, 0.10)
+    for net in (main.net, guide.net):  # whose gains are 0, so that they all draw the same
+        for name, param in net.named_parameters():
+            if name.endswith("gain"):
+                torch.nn.init.constant_(param, 0.7)
+    with tqdm(disable=True) as progress:
+        many = generate_classes(main.net, encoder, 5, 40, 2, progress)
+        few = generate_classes(main.net, encoder, 2, 40, 2, progress, seeds_per_class=5)
+        guided = generate_classes(main.net, encoder, 2, 40, 2, progress, Guide(guide.net, 2), seeds_per_class=5)
+    same = rows_of_classes(many, 10, 2).reshape(few.shape)
+    assert int(np.abs(same.astype(int) - few).max()) <= 1
+    assert not np.array_equal(few, guided)
+    one = generate_batch(main.net, encoder, [40 + 3 * 5 + 1], [3], guides=[Guide(guide.net, 2)], num_steps=2)
+    assert int((one[0].int() - torch.from_numpy(guided[3 * 2 + 1]).int()).abs().max()) <= 1
 
 
 def test_a_folder_without_snapshots_is_named(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -292,6 +295,43 @@ def test_the_result_is_the_same_for_any_number_of_processes(num: int, size: int)
         assert torch.equal(found.gaussian.sigma, alone.gaussian.sigma)
         assert found.gaussian.num == alone.gaussian.num == num
         assert torch.equal(found.features, alone.features)
+
+
+PROCESS = """
+import sys
+import numpy as np, torch
+from python_train.metrics import feature_extractor
+from python_train.metrics.passes import feature_pass
+from python_train.world import World
+
+def drawn(batches):
+    for batch in batches:
+        yield torch.from_numpy(np.stack([np.random.RandomState(i).randint(256, size=(1, 4, 4)) for i in batch])).byte()
+
+rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+found = feature_pass(np.arange(50), drawn, [feature_extractor("pixels")], batch=4, world=World(rank, size))["pixels"]
+torch.distributed.destroy_process_group()
+torch.save((found.gaussian.mu, found.gaussian.sigma, found.features), f"{folder}/{rank}-of-{size}.pt")
+"""
+
+
+def test_two_real_processes_give_what_one_gives(tmp_path: Path) -> None:
+    processes = [subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), "2", str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+
+    def numbers(batches: Sequence[Indices]) -> Iterator[Tensor]:
+        for batch in batches:
+            rows = [np.random.RandomState(i).randint(256, size=(1, 4, 4)) for i in batch]
+            yield torch.from_numpy(np.stack(rows)).byte()
+
+    alone = feature_pass(np.arange(50), numbers, [feature_extractor("pixels")], batch=4)["pixels"]
+    for rank in range(2):
+        mu, sigma, features_ = torch.load(tmp_path / f"{rank}-of-2.pt")
+        assert torch.equal(mu, alone.gaussian.mu)
+        assert torch.equal(sigma, alone.gaussian.sigma)
+        assert torch.equal(features_, alone.features)
 
 
 def test_several_kinds_from_one_pass() -> None:

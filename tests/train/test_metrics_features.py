@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.server
 import json
 import pickle
@@ -35,13 +34,13 @@ SMALL_VIT = dinov2.Shape(dim=32, depth=2, patch=14, positions=5, head_dim=16)
 
 
 def test_efflite0_ranks_images_by_how_good_they_are() -> None:
-    digits = open_dataset("digits").load_all()[0][::15]
+    digits = open_dataset("digits").load_all()[0][::30]
     real, other = digits[::2], digits[1::2]
     noise = torch.randint(-60, 61, other.shape, generator=torch.Generator().manual_seed(0))
     noisy = (other.int() + noise).clamp(0, 255).to(torch.uint8)
     extract = feature_extractor("efflite0")
     features = extract(real)
-    assert features.shape == (60, 1280)
+    assert features.shape == (30, 1280)
     assert features.dtype == torch.float32
     assert extract(real[:3]).allclose(features[:3], rtol=1e-4, atol=1e-5)
     good, bad = (score(extract(images), features) for images in (other, noisy))
@@ -90,17 +89,11 @@ def tensors() -> dict[str, Tensor]:
     return {name: value.half().float() for name, value in inception_tensors().items()}
 
 
-@functools.cache
-def expected_features() -> Tensor:
-    """Of the stand-in, whose weights are float16 values."""
-    halves = {name: value.half().float() for name, value in inception_tensors().items()}
-    return network_extractor("inception", inception.from_state_dict(halves, "stand-in"))(sample_images())
-
-
-def test_inception_is_torch_fidelitys() -> None:
-    """Resizing included."""
-    net = inception.from_state_dict(inception_tensors(), "stand-in")
-    found = network_extractor("inception", net)(sample_images())[:, ::64]
+def test_inception_is_torch_fidelitys(tmp_path: Path) -> None:
+    """Resizing included; the weights are in the file that both read."""
+    path = tmp_path / "pt_inception.pth"
+    torch.save(pytorch_fid_names(inception_tensors()), path)
+    found = feature_extractor("inception", str(path))(sample_images())[:, ::64]
     golden = torch.tensor(json.loads(GOLDEN.read_text())["inception"]["torch-fidelity"])
     assert found.shape == golden.shape == (2, 32)
     assert float((found - golden).abs().max()) < 1e-5 * float(golden.abs().max())
@@ -135,7 +128,7 @@ def scripted(tensors: dict[str, Tensor]) -> torch.nn.Module:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("form", ["pth", "safetensors", "pkl", "pt"])
-def test_every_form_of_the_file_gives_the_same_features(form: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+def test_every_form_of_the_file_gives_the_same_network(form: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / f"inception.{form}"
     match form:
         case "pth":
@@ -151,8 +144,6 @@ def test_every_form_of_the_file_gives_the_same_features(form: str, tensors: dict
     found = dict(net.named_buffers())
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
-    if form == "pth":
-        assert torch.equal(feature_extractor("inception", str(path))(sample_images()), expected_features())
 
 
 def test_other_inceptions_are_refused(tensors: dict[str, Tensor]) -> None:
