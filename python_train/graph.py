@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from python_train import UserError
+from python_train.config import TrainOptions
 from python_train.trainer import Trainer
+from python_train.world import World
 
 Step = Callable[[Iterator[tuple[Tensor, Tensor]]], None]
 # Eager steps before the capture: allocations settle, libraries choose their kernels; DDP has its buckets after 11.
@@ -24,14 +26,16 @@ class Graph(Protocol):
         """Run them again, on what their buffers now hold."""
 
 
+def check(options: TrainOptions, world: World) -> None:
+    """Raises UserError for a graph on anything but a GPU."""
+    if options.cuda_graph and world.device.type != "cuda":
+        raise UserError(f"cuda-graph needs a GPU, and this run is on {world.device.type}")
+
+
 def stepper(trainer: Trainer) -> Step:
-    """What makes the trainer's steps, as its options ask. Raises UserError for a graph on anything but a GPU."""
-    if not trainer.options.cuda_graph:
+    """What makes the trainer's steps, as its options ask; with shards eagerly in any case, gathered from hooks."""
+    if not trainer.options.cuda_graph or trainer.shards is not None:
         return trainer.step
-    if trainer.shards is not None:
-        raise UserError("cuda-graph does not go with parallel fsdp, whose gathering runs from hooks: leave one out")
-    if trainer.world.device.type != "cuda":
-        raise UserError(f"cuda-graph needs a GPU, and this run is on {trainer.world.device.type}")
     return GraphedStep(trainer, _capture, WARM_UP_DDP if trainer.world.size > 1 else WARM_UP)
 
 

@@ -76,6 +76,7 @@ def train(
     """
     world = world or World()
     options.validate(world.size)
+    graph.check(options, world)
     rng.reseed(options.seed, world.rank)
     encoder = dataset.encoder()
     channels = network_channels(dataset, encoder, world.device)
@@ -118,6 +119,8 @@ def _train(
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = Reporter(trainer, dataset, encoder, run, elapsed)
     step = graph.stepper(trainer)
+    if run is not None and options.cuda_graph and trainer.shards is not None:
+        run.log("FSDP runs eagerly: no CUDA graph is captured")
     bar = tqdm.tqdm(
         total=stop,
         initial=first,

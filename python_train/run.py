@@ -103,7 +103,8 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
               "or (fsdp) a share of its weights, gradients, moments and averages. [ddp]")  # fmt: skip
 @click.option("--recompute", is_flag=True, default=None, help="Keep only the inputs of the network's blocks for the "
               "backward pass, which computes the rest again: less memory, more time, the same numbers.")  # fmt: skip
-@click.option("--cuda-graph", is_flag=True, default=None, help="Replay the step from a CUDA graph; not with fsdp.")
+@click.option("--cuda-graph", is_flag=True, default=None, help="Replay the step from a CUDA graph; fsdp runs "
+              "eagerly.")  # fmt: skip
 @click.option("--seed", type=int, help="Seed of everything random. [0]")
 @click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")

@@ -106,7 +106,10 @@ class Trainer:
         ddp = torch.nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
         no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        return ddp(self.raw, device_ids=devices, **no_sync)
+        graphed = self.options.cuda_graph and devices is not None
+        # What DDP makes here must not belong to the stream that a capture leaves out.
+        with torch.cuda.stream(torch.cuda.Stream()) if graphed else contextlib.nullcontext():
+            return ddp(self.raw, device_ids=devices, **no_sync)
 
     def _optimizer(self) -> FusedAdam:
         """Adam with averages; it makes the effective weights of the next forward if it is to normalise weights."""

@@ -77,9 +77,10 @@ def open_world(device: str | None = None) -> Iterator[World]:
     if size == 1:
         yield World(device=chosen)
         return
-    # DDP imports this. After init_process_group the import would hold the group until the interpreter ends, whose
-    # end its threads do not always survive: "terminate called without an active exception".
-    importlib.import_module("torch._dynamo")
+    # DDP, FSDP and their states import these. After init_process_group the imports would hold the group until the
+    # interpreter ends, whose end its threads do not always survive: "terminate called without an active exception".
+    for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
+        importlib.import_module(module)
     torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)

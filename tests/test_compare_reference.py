@@ -63,7 +63,8 @@ def test_command_line(tmp_path: Path) -> None:
         result = CliRunner().invoke(compare_reference.main, [*ARGUMENTS, "--csv", str(file)])
         assert result.exit_code == 0, result.output
     assert "plain torch, official op sequence" in result.output
-    rows = list(csv.DictReader(file.open()))
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
     assert len(rows) == 2
     assert float(rows[0]["largest difference of losses"]) < 1e-4
 

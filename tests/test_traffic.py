@@ -13,7 +13,7 @@ import edm2ext
 from benchmarks import traffic
 from edm2ext import ops
 from edm2ext.nn import MPConv, MPLinear
-from edm2ext.traffic import PHASES, Key, Traffic, counting
+from edm2ext.traffic import PHASES, Key, PeakMemory, Traffic, counting
 from python_train.config import make_options
 from python_train.network import Precond
 
@@ -106,6 +106,43 @@ def test_attention_is_a_product():
     assert counter.total(phase="forward", kind="product").launches == 1
     assert counter.total(phase="backward", kind="product").launches == 1
     assert q.grad.stride() == q.stride()
+
+
+def test_flops_of_products():
+    """2 a multiply-add, in both directions."""
+    x, w = meta(2, 3, 4, 4).requires_grad_(), meta(5, 3, 3, 3).requires_grad_()
+    with counting() as counter:
+        F.conv2d(x, w, padding=1).sum().backward()
+    once = 2 * (2 * 16) * 5 * 27
+    assert counter.flops == 3 * once
+    with counting() as counter:
+        meta(3, 4) @ meta(4, 5) + 1
+    assert counter.flops == 2 * 60
+
+
+@needs_convolutions
+def test_flops_of_our_convolutions():
+    x = meta(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = meta(24, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with edm2ext.set_backend("native"), counting() as counter:
+        y = ops.mp_conv2d(x, w, prepared=True)
+        y.backward(torch.empty_like(y))
+    assert counter.flops == 3 * 2 * (2 * 64) * 24 * 16 * 9
+
+
+def test_peak_memory():
+    """What is there before does not count, nor do views, nor what is gone."""
+    x = meta(1000)
+    with counting(), PeakMemory() as peak:
+        y = (x + 1)[1:]
+        del y
+        y = x + 1
+        z = y + y
+        assert peak.bytes == 4000
+        z.add_(y)
+        del y
+        assert (z * 2).shape == x.shape
+    assert peak.bytes == 4000
 
 
 def test_the_host_asks(x: Tensor):

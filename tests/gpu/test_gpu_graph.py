@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+import edm2ext
+from python_train import graph
 from python_train.config import make_options
 from python_train.graph import GraphedStep, stepper
 from python_train.loop import build_network
@@ -13,6 +16,9 @@ from python_train.trainer import Trainer
 from python_train.world import World
 
 pytestmark = pytest.mark.gpu
+if not (edm2ext.build_info()["cuda"] and torch.cuda.is_available()):
+    pytest.skip(f"no GPU to test on: {edm2ext.build_info()['cuda_reason']}", allow_module_level=True)
+
 OPTIONS = make_options("digits", batch=16, duration=16 * 64, rampup=20, decay=1, dropout=0.1, precision="fp16")
 
 
@@ -74,6 +80,23 @@ def test_another_shape_captures_anew():
             eager.step(streams[0])
             step(streams[1])
     assert_same(eager, replayed)
+
+
+def test_with_ddp_of_one_process(tmp_path: Path):
+    world = World(device=torch.device("cuda"))
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        trainers = [make(world, cuda_graph=graphed) for graphed in (False, True)]
+        for trainer in trainers:
+            trainer.raw = trainer._replicated()
+        step = GraphedStep(trainers[1], graph._capture, graph.WARM_UP_DDP)
+        streams = batches(16), batches(16)
+        for _ in range(graph.WARM_UP_DDP + 4):
+            trainers[0].step(streams[0])
+            step(streams[1])
+        assert_same(*trainers)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_replays_do_not_wait_for_the_device():

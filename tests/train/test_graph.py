@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from python_train import UserError, graph
+from python_train import UserError, data, graph
 from python_train.config import make_options
-from python_train.loop import build_network
+from python_train.loop import build_network, train
 from python_train.trainer import Trainer
-from python_train.world import World
 
 
 class Tape(TorchDispatchMode):
@@ -131,15 +131,17 @@ def test_another_shape_captures_anew() -> None:
     assert len(tapes) == 3
 
 
-def test_a_graph_needs_a_gpu() -> None:
-    assert graph.stepper(trainer := make()) == trainer.step
+def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, cuda_graph=True, status=8, snapshot=0, checkpoint=0)
     with pytest.raises(UserError, match="this run is on cpu"):
-        graph.stepper(make(cuda_graph=True))
+        train(options, data.open_dataset("digits", True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_graph_does_not_go_with_fsdp() -> None:
-    trainer = make(cuda_graph=True)
+def test_who_replays() -> None:
+    """Whoever was asked to, but with FSDP nobody."""
+    eager, trainer = make(), make(cuda_graph=True)
+    assert graph.stepper(eager) == eager.step
+    assert isinstance(graph.stepper(trainer), graph.GraphedStep)
     trainer.shards = object()
-    trainer.world = World(device=torch.device("cuda"))
-    with pytest.raises(UserError, match="leave one out"):
-        graph.stepper(trainer)
+    assert graph.stepper(trainer) == trainer.step
