@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from edm2ext.phema import PowerEMA, solve_coefficients
+from edm2ext.phema import PowerEMA, open_average, save_average, solve_coefficients
 from edm2ext.phema import Reconstruction as Reconstructing
 from edm2ext.phema.stored import OpenFiles
 from python_train import UserError, data, loop, official
@@ -21,6 +21,7 @@ from python_train.network import Precond
 from python_train.reconstruct import Snapshot, find_snapshots, main, reconstruct, target_time
 from python_train.reconstruct.__main__ import main as dispatch
 from python_train.reconstruct.snapshots import in_pickle, open_snapshots
+from python_train.trainer import Trainer
 
 TRACKED, UNSTORED = (0.05, 0.10), (0.075, 0.15)
 STEP, STEPS, EVERY = 1024, 256, 16
@@ -347,6 +348,38 @@ def test_run_stores_more_bits(tmp_path: Path) -> None:
     assert errors["fp16+8"] < errors["fp16"] / 50
     with pytest.raises(UserError, match="snapshot_storage must be one of fp16, fp16\\+8, fp32, got 'int4'"):
         replace(options, snapshot_storage="int4").validate()
+
+
+@pytest.mark.slow
+def test_network_in_training_comes_out_as_tracked(tmp_path: Path) -> None:
+    """64 times, two profiles, stored in float32, of a real training: relative L2 error over all parameters."""
+    widths = (0.04, 0.06, 0.08, 0.12, 0.16, 0.20, 0.25)
+    options = make_options(
+        "digits", model_channels=8, channel_mult=(1,), attn_resolutions=(), batch=16, rampup=1024, decay=40,
+        sigma_rels=TRACKED + widths,
+    )  # fmt: skip
+    digits = data.open_dataset("digits")
+    trainer = Trainer(loop.build_network(options, digits.resolution, 1, 10), options, digits.encoder())
+    batches = data.batches(digits, 16, data.IndexStream(digits.num_images, 0), torch.device("cpu"))
+    files = []
+    for step in range(64 * 6 + 1):
+        if step > 0:
+            trainer.step(batches)
+        if step % 6 == 0:
+            for sigma_rel, profile in zip(TRACKED, trainer.ema.profiles, strict=False):
+                files.append(tmp_path / f"{trainer.nimg}-{sigma_rel}.safetensors")
+                header = {"nimg": trainer.nimg, "sigma_rel": sigma_rel}
+                save_average(files[-1], dict(zip(trainer.names, profile, strict=True)), header, "fp32")
+    work = Reconstructing([open_average(path) for path in files], widths)
+    qualities = work.quality(work.motion())
+    for quality, result, tracked in zip(
+        qualities, work.in_memory(dtype=torch.float32), trainer.ema.profiles[len(TRACKED) :], strict=True
+    ):
+        truth = flat(tracked).double()
+        error = float((flat(result[name] for name in trainer.names).double() - truth).norm() / truth.norm())
+        assert error <= 1e-4
+        assert error <= 3 * quality.expected_error + 1e-7
+        assert error + 1e-7 >= quality.expected_error / 3
 
 
 def test_pickles_of_any_layout(tmp_path: Path) -> None:
