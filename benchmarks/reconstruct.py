@@ -93,27 +93,29 @@ def write_all(folder: Path, count: int, size: int) -> None:
 
 
 def multiply_add_seconds(inputs: int, coefs: Tensor, numel: int) -> float:
-    """The sums alone, by the op or by torch.mm, whichever is faster here; of numbers that stay in the cache."""
-    size = BLOCK * torch.get_num_threads()
-    pieces = [torch.randn(size).half() for _ in range(inputs)]
-    total, wide = torch.zeros(coefs.shape[1], size), torch.empty(inputs, size)
-    matrix = coefs.t().float().contiguous()
+    """The sums alone, by the op or by torch.mm, whichever is faster here; of numbers that stay in the caches. As many
+    threads as torch has do a share each, none waits for another."""
+    matrix, workers = coefs.t().float().contiguous(), torch.get_num_threads()
 
-    def by_mm() -> None:
-        for row, piece in zip(wide, pieces, strict=True):
-            row.copy_(piece)
-        torch.mm(matrix, wide, out=total)
+    def share(by_op: bool) -> float:
+        torch.set_num_threads(1)
+        pieces = [torch.randn(BLOCK).half() for _ in range(inputs)]
+        total, wide = torch.zeros(coefs.shape[1], BLOCK), torch.empty(inputs, BLOCK)
+        start = time.perf_counter()
+        for _ in range(max(1, numel // (BLOCK * workers * 8))):  # an eighth of it
+            if by_op:
+                ops.accumulate_snapshots(pieces, coefs, total)
+            else:
+                for row, piece in zip(wide, pieces, strict=True):
+                    row.copy_(piece)
+                torch.mm(matrix, wide, out=total)
+        return 8 * (time.perf_counter() - start)
 
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(20):
-                work()
-            times.append((time.perf_counter() - start) / 20)
-        return min(times)
-
-    return min(best(lambda: ops.accumulate_snapshots(pieces, coefs, total)), best(by_mm)) * numel / size
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return min(max(pool.map(share, [by_op] * workers)) for by_op in (True, False))
+    finally:
+        torch.set_num_threads(workers)
 
 
 def by_tiled_mm(paths: Sequence[Path], coefs: Tensor, outputs: Sequence[Path], tile: int = 1 << 18) -> None:

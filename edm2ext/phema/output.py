@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from edm2ext.phema.stored import layout_bytes
 from edm2ext.phema.stream import Combination
 
 _MOST_OPEN = 256
+_SYNCED_TOGETHER = 8
 _SECONDS_BETWEEN_SYNCS = 20.0
 
 
@@ -181,18 +183,22 @@ class OutputFiles:
             raise
 
     def _note(self, position: int) -> None:
-        for i, part in enumerate(self._parts):
-            if i in self._files:
-                os.fdatasync(self._files[i])
-            elif part.exists():
-                descriptor = os.open(part, os.O_WRONLY)
-                os.fdatasync(descriptor)
-                os.close(descriptor)
+        with ThreadPoolExecutor(_SYNCED_TOGETHER) as pool:
+            list(pool.map(_sync, [part for part in self._parts if part.exists()]))
         content = json.dumps({"position": position}).encode()
         os.pwrite(self._journal, content, 0)
         os.ftruncate(self._journal, len(content))
         os.fdatasync(self._journal)
         self._synced = time.monotonic()
+
+
+def _sync(path: Path) -> None:
+    """Wait until what is written of a file is on the disk."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE, Motion, Target, estimate_motion, fit
+from edm2ext.phema.fit import ROUNDING, Motion, Target, estimate_motion, fit
 from edm2ext.phema.output import OutputFiles
 from edm2ext.phema.stored import HEADER, StoredAverage, open_average
 from edm2ext.phema.stream import DEFAULT_MEMORY, Combination, sample, stream
@@ -231,11 +231,6 @@ def reconstruct(
     if outputs is None:
         return work.in_memory(**settings)
     return work.to_files(outputs, **settings)
-
-
-def output_rounding(dtype: torch.dtype) -> float:
-    """Relative error of rounding results to this dtype."""
-    return ROUNDING[STORAGE_OF_DTYPE[dtype]]
 
 
 def _with_width(target: Target, width: float | None) -> Target:

@@ -1,13 +1,15 @@
 """Weighted sums of files of tensors in one pass over them: tile by tile, each input byte read once.
 
 A tile is a range of the parameters, seen as one long vector. While its sums are made, the next tile of all inputs is
-read and the one before is written, by other threads. Memory is bounded whatever the numbers of inputs and outputs:
+read and the one before is written, by other threads; the sums themselves are made by as many threads as torch has, each
+of a part of the tile, without waiting for each other. Memory is bounded whatever the numbers of inputs and outputs:
 tiles get smaller.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -159,13 +161,16 @@ def stream(
         return
     tile = max(stop - start for _, start, stop in tiles)
     buffers = [_Buffers(combination, dtype, tile) for _ in tiles[:_AHEAD]]
-    totals = torch.empty(combination.outputs, min(block, tile) if device.type == "cpu" else tile, device=device)
     slots = len(buffers)
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    width = min(block, tile) if device.type == "cpu" else tile
+    totals = [torch.empty(combination.outputs, width, device=device) for _ in range(workers)]
     paths = [average.path for average in combination.inputs]
     with (
         OpenFiles(paths) as files,
         ThreadPoolExecutor(threads, "read") as readers,
         ThreadPoolExecutor(threads, "write") as writers,
+        _one_thread_each(workers) as summers,
     ):
         reading: list[list[Future]] = [[] for _ in buffers]
         writing: list[tuple[int, list[Future]]] = [(first, []) for _ in buffers]
@@ -194,7 +199,14 @@ def stream(
             finish_writing(k)
             buffer = buffers[k % slots]
             results = buffer.results(stop - start)
-            _combine(combination, span, buffer.inputs(span, stop - start), results, totals)
+            inputs = buffer.inputs(span, stop - start)
+            part = -(-(stop - start) // workers)
+            summing = [
+                summers.submit(_combine, combination, span, inputs, results, total, range(i * part, (i + 1) * part))
+                for i, total in enumerate(totals)
+            ]
+            for future in summing:
+                future.result()
             futures = [writers.submit(sink.write, start, row) for sink, row in zip(sinks, results, strict=True)]
             writing[k % slots] = stop, futures
         for k in range(len(tiles), len(tiles) + slots):
@@ -224,6 +236,17 @@ def _within(spans: Sequence[Span], start: int, size: int) -> Iterator[tuple[Span
             yield span, low, high
 
 
+@contextlib.contextmanager
+def _one_thread_each(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch does not start more of them: those would wait for each other after every block."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, "sum", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Buffers:
     """Room for a tile of all inputs, as they are stored, and of all outputs."""
 
@@ -248,9 +271,10 @@ def _widths(combination: Combination) -> list[int]:
 
 def _sizes(combination: Combination, dtype: torch.dtype, memory: int) -> tuple[int, int]:
     """Elements of a block and of a tile, so that all buffers fit into so much memory."""
-    block = max(256, min(_BLOCK * torch.get_num_threads(), memory // (16 * combination.outputs)))
+    workers = torch.get_num_threads()
+    block = max(256, min(_BLOCK, memory // (16 * combination.outputs * workers)))
     per_element = _AHEAD * (sum(_widths(combination)) + combination.outputs * dtype.itemsize)
-    tile = (memory - 4 * block * combination.outputs) // per_element
+    tile = (memory - 4 * block * combination.outputs * workers) // per_element
     return block, max(256, tile // block * block if tile > block else tile)
 
 
@@ -266,16 +290,18 @@ def _combine(
     inputs: Sequence[Tensor],
     results: Tensor,
     totals: Tensor,
+    part: range,
 ) -> None:
-    """results[m] = sum over n of coefs[n, m] inputs[n], as many elements at a time as totals [outputs, block] has."""
+    """results[m] = sum over n of coefs[n, m] inputs[n], for the elements of a part, as many at a time as totals
+    [outputs, block] has."""
     coefs = combination.coefs[span.group]
     columns: dict[int, list[int]] = {}
     for m, count in enumerate(combination.used):
         columns.setdefault(count, []).append(m)
     compensated = results.dtype == torch.float32 and torch.float32 in span.dtypes
-    size, block = results.shape[1], totals.shape[1]
-    for start in range(0, size, block):
-        stop = min(start + block, size)
+    end, block = min(part.stop, results.shape[1]), totals.shape[1]
+    for start in range(part.start, end, block):
+        stop = min(start + block, end)
         for count, chosen in columns.items():
             total = totals[: len(chosen), : stop - start].zero_()
             pieces = [x[start:stop] for x in inputs[:count]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from python_train import UserError
 from python_train.config import PRESETS, format_nimg, parse_nimg
 from python_train.reconstruct.command import MOST_NOISE, MOST_PROFILE_ERROR
 
-COUNTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # of stored times
+COUNTS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # of stored times
 PROFILES = ((0.05,), (0.05, 0.10), (0.02, 0.10), (0.015, 0.05), (0.02, 0.05, 0.10), (0.01, 0.03, 0.10))
 PUBLISHED = (0.05, 0.10)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -51,17 +52,22 @@ def errors(interval: int, times: int, profiles: Sequence[float], widths: Sequenc
     return [found.profile_error for found in fits], [found.norm for found in fits]
 
 
-def ways(duration: int, parameters: int, widths: Sequence[float], unit: int) -> Iterator[Way]:
-    """All ways whose interval divides the duration and is a multiple of ``unit`` images."""
-    for times in COUNTS:
-        interval = duration // times
-        if duration % times or interval % unit:
-            continue
-        for profiles in PROFILES:
-            found, norms = errors(interval, times, profiles, widths)
-            for storage in STORAGES:
-                size = (times + 1) * len(profiles) * parameters * BYTES[storage] / 1e9
-                yield Way(interval, times, profiles, storage, size, max(found), max(norms) * ROUNDING[storage])
+def ways(duration: int, parameters: int, widths: Sequence[float], unit: int, everything: bool = False) -> Iterator[Way]:
+    """The ways whose interval divides the duration and is a multiple of ``unit`` images: all of them, or up to the size
+    of the smallest good one."""
+    counts = [times for times in COUNTS if duration % times == 0 and duration // times % unit == 0]
+    smallest_good = float("inf")
+    for times, profiles in sorted(itertools.product(counts, PROFILES), key=lambda way: (way[0] + 1) * len(way[1])):
+        weights = (times + 1) * len(profiles) * parameters / 1e9
+        if not everything and weights * min(BYTES.values()) > smallest_good:
+            return
+        found, norms = errors(duration // times, times, profiles, widths)
+        for storage in STORAGES:
+            size, noise = weights * BYTES[storage], max(norms) * ROUNDING[storage]
+            way = Way(duration // times, times, profiles, storage, size, max(found), noise)
+            if way.is_good:
+                smallest_good = min(smallest_good, size)
+            yield way
 
 
 def best(candidates: Sequence[Way], disk: float | None) -> Way:
@@ -148,7 +154,7 @@ def main(
         if not images or not count:
             raise UserError("name a --preset, or --duration and --parameters")
         widths, room = parse_range(sigma_range), None if disk is None else parse_size(disk)
-        candidates = list(ways(images, count, widths, int(np.lcm(step, 1024))))
+        candidates = list(ways(images, count, widths, int(np.lcm(step, 1024)), show_all))
         if not candidates:
             raise UserError(f"{format_nimg(images)} images cannot be divided into 16 or more intervals that are "
                             f"multiples of the batch {step} and of 1024")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +139,7 @@ def _open(snapshot: Snapshot, shapes: Mapping[str, tuple[int, ...]], buffers: fr
 
 def _tensors(snapshot: Snapshot) -> dict[str, Source]:
     if official.is_official(snapshot.path):
-        return {name: _in_pickle(t) for name, t in official.read_snapshot(snapshot.path).tensors.items()}
+        return {name: in_pickle(t) for name, t in official.read_snapshot(snapshot.path).tensors.items()}
     try:
         _, tensors = read_layout(snapshot.path)
         return dict(with_residual(snapshot.path, snapshot.header, tensors))
@@ -147,9 +147,10 @@ def _tensors(snapshot: Snapshot) -> dict[str, Source]:
         raise UserError(str(error)) from error
 
 
-def _in_pickle(tensor: official.StoredTensor) -> Source:
+def in_pickle(tensor: official.StoredTensor) -> Source:
+    """A tensor in a file of the reference, for reading a part of it."""
     start = tensor.storage.start + tensor.offset * tensor.dtype.itemsize
-    dense = tuple(itertools.accumulate(reversed(tensor.shape[1:]), lambda a, b: a * b, initial=1))[::-1]
+    dense = [math.prod(tensor.shape[dim + 1 :]) for dim in range(len(tensor.shape))]
     if all(step == packed or size == 1 for step, packed, size in zip(tensor.stride, dense, tensor.shape, strict=True)):
         return StoredTensor(tensor.storage.path, tensor.dtype, start, tensor.shape)
     return StridedTensor(tensor.storage.path, tensor.dtype, start, tensor.shape, tensor.stride)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
-from edm2ext.phema import PowerEMA
-from python_train import UserError
+from edm2ext.phema import PowerEMA, open_average, save_average, solve_coefficients
+from edm2ext.phema import Reconstruction as Reconstructing
+from edm2ext.phema.stored import OpenFiles
+from python_train import UserError, data, loop, official
 from python_train.checkpoint import load_snapshot, save_snapshot, snapshot_name
+from python_train.config import make_options
 from python_train.network import Precond
 from python_train.reconstruct import Snapshot, find_snapshots, main, reconstruct, target_time
+from python_train.reconstruct.__main__ import main as dispatch
+from python_train.reconstruct.snapshots import in_pickle, open_snapshots
+from python_train.trainer import Trainer
 
 TRACKED, UNSTORED = (0.05, 0.10), (0.075, 0.15)
 STEP, STEPS, EVERY = 1024, 256, 16
@@ -215,6 +224,197 @@ def test_time_without_averages(tmp_path: Path) -> None:
     save(tmp_path, make_network(), 0, 0.05)
     with pytest.raises(UserError, match="the only snapshots are those at 0 images"):
         target_time(find_snapshots(tmp_path))
+
+
+def test_several_times_in_one_pass(training: tuple[Path, dict[float, list[torch.Tensor]]], tmp_path: Path) -> None:
+    folder, _ = training
+    times = [EVERY * STEP * k for k in (4, 9)]
+    kimg = ",".join(str(time // 1000) for time in times)
+    result = run(folder, tmp_path, "--outstd", "0.07,0.13", "--outkimg", kimg, "--dtype", "fp32", "--memory", 1)
+    assert result.exit_code == 0, result.output
+    assert "4 networks written" in result.output
+    for time in times:
+        for expected in reconstruct(find_snapshots(folder), [0.07, 0.13], time):
+            path = tmp_path / snapshot_name(time, expected.sigma_rel, "phema")
+            net, header = load_snapshot(path)
+            assert header["nimg"] == time
+            torch.testing.assert_close(flat(net.parameters()), flat(expected.net.parameters()), rtol=1e-3, atol=1e-6)
+            assert load_file(path)["unet.out_gain"].dtype == torch.float32
+    for bad, words in (("x,16", "thousands of images separated by commas"), ("77", "no snapshot was taken at 77000")):
+        result = run(folder, tmp_path, "--outstd", "0.07", "--outkimg", bad)
+        assert result.exit_code == 1
+        assert words in result.output
+
+
+def test_lengths_of_some_parameters(training: tuple[Path, dict[float, list[torch.Tensor]]], tmp_path: Path) -> None:
+    folder, _ = training
+    result = run(folder, tmp_path, "--outstd", "0.06", "--group", "unet.dec.*=0.15", "--group", "unet.*=0.10")
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.iterdir()
+    net, header = load_snapshot(path)
+    assert path.name.startswith("phema-groups-")
+    assert header["sigma_rel_of"] == {"unet.dec.*": 0.15, "unet.*": 0.10}
+    plain = {found.sigma_rel: found.net for found in reconstruct(find_snapshots(folder), [0.06, 0.10, 0.15])}
+    for name, param in net.named_parameters():
+        width = 0.15 if name.startswith("unet.dec.") else 0.10 if name.startswith("unet.") else 0.06
+        assert torch.equal(param, plain[width].get_parameter(name)), name
+    for bad in ("unet.dec.*", "=0.1", "unet.*=x"):
+        assert "--group: expected a pattern" in run(folder, tmp_path, "--outstd", "0.06", "--group", bad).output
+    result = run(folder, tmp_path, "--outstd", "0.06", "--group", "vnet.*=0.1", "--overwrite")
+    assert "no parameter is named like 'vnet.*'" in result.output
+
+
+def test_other_shapes_of_the_profile(tmp_path: Path, training: tuple[Path, dict[float, list[torch.Tensor]]]) -> None:
+    """The mean of the last part of training, and the classic EMA, as tracked directly."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    net = make_network().requires_grad_(False)
+    ema = PowerEMA(list(net.parameters()), TRACKED)
+    sums = {name: [torch.zeros_like(p) for p in net.parameters()] for name in ("window", "exponential")}
+    steps, sigma_rel = 256, 0.0722  # sqrt(12) of it is a quarter
+    length = sigma_rel * steps
+    for step in range(1, steps + 1):
+        for i, param in enumerate(net.parameters()):
+            param += 0.05 * torch.randn(param.shape)
+            sums["window"][i] += param * (step > steps * 3 // 4) / (steps / 4)
+            sums["exponential"][i].lerp_(param, 1 - math.exp(-1 / length))
+        ema.update(step * STEP)
+        if step % 8 == 0:
+            for width, profile in zip(TRACKED, ema.profiles, strict=True):
+                facts = {"dataset": DATASET, "encoder": ENCODER, "parameters": profile}
+                path = folder / snapshot_name(step * STEP, width)
+                save_snapshot(path, net, nimg=step * STEP, sigma_rel=width, ema_kind="power", **facts)
+    for shape, tracked in sums.items():
+        result = run(folder, tmp_path, "--outstd", "0.0722", "--shape", shape)
+        assert result.exit_code == 0, result.output
+        path = tmp_path / snapshot_name(steps * STEP, sigma_rel, f"phema-{shape}")
+        found, header = load_snapshot(path)
+        assert header["shape"] == shape
+        distance = (flat(found.parameters()) - flat(tracked)).norm()
+        assert distance < 0.03 * (flat(net.parameters()) - flat(tracked)).norm(), shape
+        assert distance < 0.02 * flat(tracked).norm()
+
+
+def test_expectations_are_printed(training: tuple[Path, dict[float, list[torch.Tensor]]], tmp_path: Path) -> None:
+    folder, _ = training
+    result = run(folder, tmp_path / "out", "--outstd", "0.01,0.05,0.12", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out").exists()
+    assert "32 stored averages, 32 in fp16: sigma_rel 0.05, 0.1, from 16Ki to 256Ki images" in result.output
+    rows = [line.split() for line in result.output.splitlines() if line.lstrip()[:3] in ("0.0", "0.1")]
+    assert [row[0] for row in rows] == ["0.010", "0.050", "0.120"]
+    profile, total, noise = ([float(row[i]) for row in rows] for i in (1, 3, 4))
+    assert profile[0] > 10 > 1 > profile[1] == 0
+    assert total[1] == 1
+    assert noise[1] == pytest.approx(100 * 2.07e-4, rel=0.05)
+    assert "WARNING: the snapshots are too few for sigma_rel 0.01:" in result.output
+
+
+def test_published_coefficients_on_demand(
+    training: tuple[Path, dict[float, list[torch.Tensor]]], tmp_path: Path
+) -> None:
+    folder, _ = training
+    assert run(folder, tmp_path, "--outstd", "0.2", "--fit", "profile").exit_code == 0
+    snapshots = [snapshot for snapshot in find_snapshots(folder) if snapshot.nimg > 0]
+    coefs = solve_coefficients([s.nimg for s in snapshots], [s.sigma_rel for s in snapshots], snapshots[-1].nimg, 0.2)
+    (path,) = tmp_path.iterdir()
+    for name, value in load_file(path).items():
+        stored = [load_file(snapshot.path)[name].double() for snapshot in snapshots]
+        if not name.startswith("unet.emb_fourier"):
+            expected = sum(float(c) * v for c, v in zip(coefs[:, 0], stored, strict=True))
+            torch.testing.assert_close(value.double(), expected, rtol=2**-10, atol=2**-20)
+
+
+def test_run_stores_more_bits(tmp_path: Path) -> None:
+    """From the option of a run to a network: the same training, stored more finely."""
+    options = make_options(
+        "digits", model_channels=8, channel_mult=(1,), attn_resolutions=(), batch=1024, duration=4096, snapshot=1024,
+        checkpoint=4096, status=4096,
+    )  # fmt: skip
+    nets = {}
+    for storage in ("fp16", "fp16+8", "fp32"):
+        folder = tmp_path / storage
+        loop.train(replace(options, snapshot_storage=storage), data.open_dataset("digits"), folder)
+        snapshots = find_snapshots(folder)
+        assert len(snapshots) == 10
+        work = Reconstructing(open_snapshots(snapshots), [0.08])
+        (found,) = work.in_memory(dtype=torch.float32)
+        nets[storage] = flat(found[name] for name in sorted(work.combination.offsets())).double()
+        load_snapshot(snapshots[-1].path)
+        sizes = [path.stat().st_size for path in folder.glob("network-snapshot-*")]
+        assert len(sizes) == (20 if storage == "fp16+8" else 10)
+    errors = {s: float((nets[s] - nets["fp32"]).norm() / nets["fp32"].norm()) for s in ("fp16", "fp16+8")}
+    assert 1e-5 < errors["fp16"] < 1e-3
+    assert errors["fp16+8"] < errors["fp16"] / 50
+    with pytest.raises(UserError, match="snapshot_storage must be one of fp16, fp16\\+8, fp32, got 'int4'"):
+        replace(options, snapshot_storage="int4").validate()
+
+
+@pytest.mark.slow
+def test_network_in_training_comes_out_as_tracked(tmp_path: Path) -> None:
+    """64 times, two profiles, stored in float32, of a real training: relative L2 error over all parameters."""
+    widths = (0.04, 0.06, 0.08, 0.12, 0.16, 0.20, 0.25)
+    options = make_options(
+        "digits", model_channels=8, channel_mult=(1,), attn_resolutions=(), batch=16, rampup=1024, decay=40,
+        sigma_rels=TRACKED + widths,
+    )  # fmt: skip
+    digits = data.open_dataset("digits")
+    trainer = Trainer(loop.build_network(options, digits.resolution, 1, 10), options, digits.encoder())
+    batches = data.batches(digits, 16, data.IndexStream(digits.num_images, 0), torch.device("cpu"))
+    files = []
+    for step in range(64 * 6 + 1):
+        if step > 0:
+            trainer.step(batches)
+        if step % 6 == 0:
+            for sigma_rel, profile in zip(TRACKED, trainer.ema.profiles, strict=False):
+                files.append(tmp_path / f"{trainer.nimg}-{sigma_rel}.safetensors")
+                header = {"nimg": trainer.nimg, "sigma_rel": sigma_rel}
+                save_average(files[-1], dict(zip(trainer.names, profile, strict=True)), header, "fp32")
+    work = Reconstructing([open_average(path) for path in files], widths)
+    qualities = work.quality(work.motion())
+    for quality, result, tracked in zip(
+        qualities, work.in_memory(dtype=torch.float32), trainer.ema.profiles[len(TRACKED) :], strict=True
+    ):
+        truth = flat(tracked).double()
+        error = float((flat(result[name] for name in trainer.names).double() - truth).norm() / truth.norm())
+        assert error <= 1e-4
+        assert error <= 3 * quality.expected_error + 1e-7
+        assert error + 1e-7 >= quality.expected_error / 3
+
+
+def test_pickles_of_any_layout(tmp_path: Path) -> None:
+    """Tensors that are contiguous, transposed, or views into a storage."""
+    flat_numbers = torch.arange(1000, dtype=torch.float16)
+    path = tmp_path / "storage"
+    path.write_bytes(b"1234" + flat_numbers.numpy().tobytes())
+    storage = official.Storage(path, torch.float16, 4, 1000)
+    for shape, stride, offset in (
+        ((5, 4), (4, 1), 3),
+        ((4, 5, 6), (30, 1, 5), 0),
+        ((7, 1, 3), (3, 99, 1), 2),
+        ((), (), 9),
+    ):
+        stored = official.StoredTensor(storage, offset, shape, stride)
+        expected = flat_numbers.as_strided(shape, stride, offset)
+        source = in_pickle(stored)
+        with OpenFiles() as files:
+            for first, count in ((0, expected.numel()), (1, expected.numel() - 1)):
+                target = torch.empty(max(count, 0), dtype=torch.float16)
+                if count > 0:
+                    source.read(files, first, target)
+                assert torch.equal(target, expected.flatten()[first : first + max(count, 0)])
+
+
+def test_module_dispatches_to_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--help"], "Choose the EMA length after training."),
+        (["plan", "--help"], "Plan the snapshots of a run"),
+        (["search", "--help"], "Find the EMA length that is best by a metric"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            dispatch(arguments)
+        assert done.value.code == 0
+        assert words in capsys.readouterr().out
 
 
 def test_help_explains_every_option() -> None:

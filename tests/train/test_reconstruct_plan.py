@@ -28,12 +28,16 @@ def test_errors_are_those_of_the_fit() -> None:
 
 def test_ways_fit_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "COUNTS", (16, 24, 32))
-    found = list(ways(2**20, 1_000_000, WIDTHS, 2048))
+    found = list(ways(2**20, 1_000_000, WIDTHS, 2048, everything=True))
     assert {(way.times, way.interval) for way in found} == {(16, 2**16), (32, 2**15)}, "24 does not divide it"
     (one,) = [way for way in found if (way.times, way.profiles, way.storage) == (32, (0.05, 0.10), "fp16+8")]
     assert one.gigabytes == pytest.approx(33 * 2 * 3e6 / 1e9)
     assert one.noise == pytest.approx(max(errors(2**15, 32, (0.05, 0.10), WIDTHS)[1]) * 8.1e-7)
     assert list(ways(2**20, 1, WIDTHS, 2**17)) == []
+    few = list(ways(2**20, 1_000_000, [0.06, 0.09], 2048))
+    good = min(way.gigabytes for way in few if way.is_good)
+    assert 0 < len(few) < len(found), "larger ones than a good one are not looked at"
+    assert all(way.gigabytes <= 2 * good for way in few)
 
 
 def test_best_is_the_smallest_good_one() -> None:
