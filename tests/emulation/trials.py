@@ -51,8 +51,8 @@ def _included(source: Path, root: Path) -> set[Path]:
 
 @dataclasses.dataclass
 class Verdict:
-    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where;
-    `seconds` of processor time it took."""
+    """`outcome`: killed, survived, same (object code), stillborn (does not compile), untried (unnoticeable); `by`: what
+    noticed, and where; `seconds` of processor time it took."""
 
     outcome: str
     by: str = ""
