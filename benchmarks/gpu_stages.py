@@ -194,8 +194,7 @@ def sanitizer(tool: str, gpu: str) -> Callable[[float], Outcome]:
             return Outcome("not measured", "no GPU")
         if program is None:
             return Outcome("not supported here", "no compute-sanitizer")
-        bench = str(BENCH / "edm2_cuda_bench")
-        status, text = run([program, "--tool", tool, "--error-exitcode", "9", bench, "--small"], seconds)
+        status, text = run([program, "--tool", tool, "--error-exitcode", "9", cuda_bench(), "--small"], seconds)
         refused = re.search(
             r"[^\n]*(not supported|Unable to|permission|Failed to (?:attach|initialize))[^\n]*", text, re.I
         )
@@ -209,8 +208,16 @@ def sanitizer(tool: str, gpu: str) -> Callable[[float], Outcome]:
 # ---- stage b ----
 
 
+def cuda_bench() -> str:
+    """The program that this stage built, or one that `make bench-cpp` built."""
+    places = [folder / "edm2_cuda_bench" for folder in (BENCH, ROOT / "build" / "benchmarks")]
+    return str(next((place for place in places if place.exists()), places[0]))
+
+
 def kernel_list(seconds: float) -> Outcome:
-    status, text = run([str(BENCH / "edm2_cuda_bench"), "--list"], seconds)
+    if not Path(cuda_bench()).exists():
+        return Outcome("not measured", "edm2_cuda_bench is not built (make bench-cpp)")
+    status, text = run([cuda_bench(), "--list"], seconds)
     outcome = judged(status, text)
     outcome.detail = f"{len(text.splitlines())} cases"
     return outcome
@@ -218,7 +225,7 @@ def kernel_list(seconds: float) -> Outcome:
 
 def kernel_families() -> list[str]:
     """The first words of the cases."""
-    bench = [str(BENCH / "edm2_cuda_bench"), "--list"]
+    bench = [cuda_bench(), "--list"]
     text = subprocess.run(bench, capture_output=True, text=True, check=False).stdout
     return list(dict.fromkeys(line.split()[0] for line in text.splitlines()))
 
@@ -232,10 +239,11 @@ def kernel_table(gpu: str) -> Callable[[float], Outcome]:
         end = time.monotonic() + seconds
         table: list[dict[str, Any]] = []
         failed = []
-        file = BENCH / "rows.json"
+        file = ROWS
+        file.parent.mkdir(exist_ok=True)
         for family in kernel_families():
             file.unlink(missing_ok=True)
-            command = [str(BENCH / "edm2_cuda_bench"), "--filter", family + " ", "--json", str(file)]
+            command = [cuda_bench(), "--filter", family + " ", "--json", str(file)]
             status, _ = run(command, max(5.0, min(60.0, end - time.monotonic())))
             if file.exists():
                 found = json.loads(file.read_text())
@@ -249,7 +257,8 @@ def kernel_table(gpu: str) -> Callable[[float], Outcome]:
 
 def torch_table(gpu: str) -> Callable[[float], Outcome]:
     def work(seconds: float) -> Outcome:
-        file = BENCH / "torch.json"
+        file = ROWS
+        file.parent.mkdir(exist_ok=True)
         file.unlink(missing_ok=True)
         command = python(
             "-m", "benchmarks.gpu_bandwidth", "--json", str(file), "--minutes", f"{(seconds - 30) / 60:.2f}"
