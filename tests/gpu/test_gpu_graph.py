@@ -13,6 +13,8 @@ from python_train.trainer import Trainer
 from python_train.world import World
 
 pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no GPU that torch can use", allow_module_level=True)
 OPTIONS = make_options("digits", batch=16, duration=16 * 64, rampup=20, decay=1, dropout=0.1, precision="fp16")
 
 
