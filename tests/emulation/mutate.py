@@ -99,7 +99,8 @@ def tests_of(files: Iterable[str]) -> dict[str, str]:
     """A digest of the tests that a fault in each file reaches."""
     made_of = families(ROOT)
     texts = {name: (HERE / f"test_emulated_{name}.py").read_text() for name in made_of}
-    return {file: digest("".join(texts[name] for name in made_of if file in made_of[name])) for file in files}
+    shared = (HERE / "emulated.py").read_text()
+    return {file: digest(shared + "".join(texts[name] for name in made_of if file in made_of[name])) for file in files}
 
 
 def report(results: Sequence[Result]) -> Iterator[str]:
