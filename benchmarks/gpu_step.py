@@ -15,10 +15,11 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import torch
@@ -101,8 +102,14 @@ def count_launches(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
-    on_gpu = (event.name for event in seen.events() if event.device_type == DeviceType.CUDA)
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu(seen.events()))
+
+
+def on_gpu(events: Iterable[Any]) -> Iterator[Any]:
+    """What ran on the GPU, of a profile's events; the ranges that name parts of a program are none of it."""
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            yield event
 
 
 def flops_per_image(preset: str, options: TrainOptions) -> float:
