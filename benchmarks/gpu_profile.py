@@ -19,12 +19,11 @@ from typing import Any
 
 import click
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.conv import rates
-from benchmarks.gpu_step import make_trainer
+from benchmarks.gpu_step import make_trainer, on_gpu
 from benchmarks.traffic import count_step
 from edm2ext.traffic import Counter, Traffic
 from python_train.config import PRESETS
@@ -120,10 +119,9 @@ def kernels_table(events: Iterable[Any], steps: int) -> list[dict[str, Any]]:
     """Time of each kernel in a step."""
     micros: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
-    for event in events:
-        if event.device_type == DeviceType.CUDA:
-            micros[event.name] += event.device_time_total
-            calls[event.name] += 1
+    for event in on_gpu(events):
+        micros[event.name] += event.device_time_total
+        calls[event.name] += 1
     order = sorted(micros, key=lambda name: -micros[name])
     return [
         {"kernel": name[:120], "launches": calls[name] // steps, "ms": micros[name] / 1e3 / steps} for name in order

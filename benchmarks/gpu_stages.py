@@ -8,6 +8,7 @@ Standard library only: runs before anything is built.
 """
 
 import argparse
+import csv
 import datetime
 import hashlib
 import json
@@ -193,8 +194,7 @@ def sanitizer(tool: str, gpu: str) -> Callable[[float], Outcome]:
             return Outcome("not measured", "no GPU")
         if program is None:
             return Outcome("not supported here", "no compute-sanitizer")
-        bench = str(BENCH / "edm2_cuda_bench")
-        status, text = run([program, "--tool", tool, "--error-exitcode", "9", bench, "--small"], seconds)
+        status, text = run([program, "--tool", tool, "--error-exitcode", "9", cuda_bench(), "--small"], seconds)
         refused = re.search(
             r"[^\n]*(not supported|Unable to|permission|Failed to (?:attach|initialize))[^\n]*", text, re.I
         )
@@ -208,8 +208,16 @@ def sanitizer(tool: str, gpu: str) -> Callable[[float], Outcome]:
 # ---- stage b ----
 
 
+def cuda_bench() -> str:
+    """The program that this stage built, or one that `make bench-cpp` built."""
+    places = [folder / "edm2_cuda_bench" for folder in (BENCH, ROOT / "build" / "benchmarks")]
+    return str(next((place for place in places if place.exists()), places[0]))
+
+
 def kernel_list(seconds: float) -> Outcome:
-    status, text = run([str(BENCH / "edm2_cuda_bench"), "--list"], seconds)
+    if not Path(cuda_bench()).exists():
+        return Outcome("not measured", "edm2_cuda_bench is not built (make bench-cpp)")
+    status, text = run([cuda_bench(), "--list"], seconds)
     outcome = judged(status, text)
     outcome.detail = f"{len(text.splitlines())} cases"
     return outcome
@@ -217,7 +225,7 @@ def kernel_list(seconds: float) -> Outcome:
 
 def kernel_families() -> list[str]:
     """The first words of the cases."""
-    bench = [str(BENCH / "edm2_cuda_bench"), "--list"]
+    bench = [cuda_bench(), "--list"]
     text = subprocess.run(bench, capture_output=True, text=True, check=False).stdout
     return list(dict.fromkeys(line.split()[0] for line in text.splitlines()))
 
@@ -231,10 +239,11 @@ def kernel_table(gpu: str) -> Callable[[float], Outcome]:
         end = time.monotonic() + seconds
         table: list[dict[str, Any]] = []
         failed = []
-        file = BENCH / "rows.json"
+        file = ROWS
+        file.parent.mkdir(exist_ok=True)
         for family in kernel_families():
             file.unlink(missing_ok=True)
-            command = [str(BENCH / "edm2_cuda_bench"), "--filter", family + " ", "--json", str(file)]
+            command = [cuda_bench(), "--filter", family + " ", "--json", str(file)]
             status, _ = run(command, max(5.0, min(60.0, end - time.monotonic())))
             if file.exists():
                 found = json.loads(file.read_text())
@@ -248,7 +257,8 @@ def kernel_table(gpu: str) -> Callable[[float], Outcome]:
 
 def torch_table(gpu: str) -> Callable[[float], Outcome]:
     def work(seconds: float) -> Outcome:
-        file = BENCH / "torch.json"
+        file = ROWS
+        file.parent.mkdir(exist_ok=True)
         file.unlink(missing_ok=True)
         command = python(
             "-m", "benchmarks.gpu_bandwidth", "--json", str(file), "--minutes", f"{(seconds - 30) / 60:.2f}"
@@ -315,18 +325,20 @@ def steps(preset: str, batches: Sequence[int], gpu: str, *more: str) -> Callable
     return measured("gpu_step", [f"--preset={preset}", *(f"--batch={batch}" for batch in batches), *more], gpu)
 
 
-def beside_plain_torch(reference: Path | None, gpu: str) -> Callable[[float], Outcome]:
-    """Beside the reference implementation where its folder is given, else beside plain torch."""
+def beside_plain_torch(reference: Path | None, gpu: str, *more: str) -> Callable[[float], Outcome]:
+    """Our step and that of the reference implementation where its folder is given, else of plain torch, in turns."""
 
     def work(seconds: float) -> Outcome:
-        file = ROOT / "build" / "gpu-compare.json"
+        file = ROWS.with_suffix(".csv")
+        file.parent.mkdir(exist_ok=True)
         file.unlink(missing_ok=True)
-        command = python("-m", "benchmarks.compare_reference", "--out", str(file))
+        command = python("-m", "benchmarks.compare_reference", "--csv", str(file), *more)
         command += [f"--reference={reference}"] if reference else []
-        command += ["--device=cuda", "--preset=img512-s", "--batch=32"] if gpu else ["--device=cpu"]
-        outcome = judged(*run(command, seconds, PYTHONPATH=PATHS))
-        found = json.loads(file.read_text()) if file.exists() else []
-        outcome.table = found if isinstance(found, list) else found.get("rows", [])
+        command += ["--preset=img512-s"] if gpu else ["--device=cpu", "--batch=4", "--rounds=1", "--warm-up=1"]
+        outcome = judged(*run(command, seconds, PYTHONPATH=PATHS), r"speed-up.*")
+        if file.exists():
+            with file.open(encoding="utf-8", newline="") as stream:
+                outcome.table = list(csv.DictReader(stream))
         return outcome if gpu else dry(outcome)
 
     return work
@@ -388,11 +400,13 @@ def rows_of(options: argparse.Namespace, gpu: str, folder: Path) -> list[Row]:
             (f"training step, {preset}", steps(preset, batches, gpu), 90) for preset, batches in STEP_BATCHES.items()
         ]
         sampling: Row = ("sampling", steps("img512-s", (8, 32), gpu, "--sampling"), 90)
-        rows = [*prepare, *training_steps, sampling]
-        if (ROOT / "benchmarks" / "compare_reference.py").exists():
-            rows.append(("beside plain torch", beside_plain_torch(options.reference, gpu), 180))
+        beside: list[Row] = [("beside plain torch", beside_plain_torch(options.reference, gpu), 90)]
+        if gpu:
+            graphed = beside_plain_torch(options.reference, gpu, "--cuda-graph")
+            beside.append(("beside plain torch, CUDA graph", graphed, 90))
         step_on_cpu = python("-m", "benchmarks.run", "--only", "training step", "--rounds", "3")
-        return [*rows, ("training step on the CPU", lambda s: judged(*run(step_on_cpu, s, PYTHONPATH=PATHS)), 60)]
+        on_cpu: Row = ("training step on the CPU", lambda s: judged(*run(step_on_cpu, s, PYTHONPATH=PATHS)), 90)
+        return [*prepare, *training_steps, sampling, *beside, on_cpu]
     profile = measured("gpu_profile", ["--preset=img512-s", "--batch=32"], gpu, r"the three largest gaps[^\n]*|\Z")
     return [
         *prepare,

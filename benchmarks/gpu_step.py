@@ -2,7 +2,8 @@
 
 python -m benchmarks.gpu_step [--preset img512-s ...] [--batch 32 ...] [--sampling] [--json FILE] [--dry-run]
 
-A training step is that of `python_train.trainer` on random latents, its whole batch at once. Sampling is Heun's method
+A training step is that of `python_train.trainer` on random latents, its whole batch at once, launch by launch and
+replayed from a CUDA graph. Sampling is Heun's method
 with 32 noise levels (63 evaluations) guided by the XS network. Times are medians of CUDA events around one step or one
 batch; MFU counts 2 flops a multiply-add against the data sheet; launches are the kernels that the profiler saw, beside
 those that `benchmarks/traffic.py` counts. What does not fit into memory is a row that says so. --dry-run takes a tiny
@@ -14,10 +15,11 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import torch
@@ -26,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step_cases import network
 from benchmarks.traffic import _RESOLUTION_CHANNELS_LABELS, count_step
-from python_train import plan
+from python_train import graph, plan
 from python_train.config import PRESETS, TrainOptions, make_options
 from python_train.guidance import Guide
 from python_train.network import Precond
@@ -34,6 +36,7 @@ from python_train.sample import sample
 from python_train.trainer import Trainer
 from python_train.world import World
 
+_WARM_UP = graph.WARM_UP + 2  # eager steps, the capture, one of the replays
 _REPEATS = 10
 _EVALUATIONS = 63
 
@@ -60,21 +63,24 @@ def data_of(preset: str) -> tuple[int, int, int]:
     return _RESOLUTION_CHANNELS_LABELS[preset.split("-")[0]]
 
 
-def make_trainer(preset: str, batch: int, device: torch.device) -> tuple[Trainer, Callable[[], None]]:
+def make_trainer(
+    preset: str, batch: int, device: torch.device, cuda_graph: bool = False
+) -> tuple[Trainer, Callable[[], None]]:
     """A trainer of the preset's network, and one step of it on random data."""
-    options = make_options(preset, batch=batch, batch_gpu=batch)
+    options = make_options(preset, batch=batch, batch_gpu=batch, cuda_graph=cuda_graph)
     resolution, channels, classes = data_of(preset)
     net = network(options, resolution, channels, classes).to(device)
     trainer = Trainer(net, options, SimpleNamespace(encode=lambda latents: latents), World(device=device))
     latents = 0.5 * torch.randn(batch, channels, resolution, resolution, device=device)
     labels = torch.eye(classes, device=device)[torch.arange(batch, device=device) % classes]
     batches = itertools.repeat((latents, labels))
-    return trainer, lambda: trainer.step(batches)
+    step = graph.stepper(trainer)
+    return trainer, lambda: step(batches)
 
 
 def time_work(row: Row, work: Callable[[], object], repeats: int = _REPEATS) -> None:
     """Fills in milliseconds, images/s, peak memory and launches."""
-    for _ in range(2):
+    for _ in range(_WARM_UP):
         work()
     torch.cuda.reset_peak_memory_stats()
     times = []
@@ -96,8 +102,14 @@ def count_launches(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
-    on_gpu = (event.name for event in seen.events() if event.device_type == DeviceType.CUDA)
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu(seen.events()))
+
+
+def on_gpu(events: Iterable[Any]) -> Iterator[Any]:
+    """What ran on the GPU, of a profile's events; the ranges that name parts of a program are none of it."""
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            yield event
 
 
 def flops_per_image(preset: str, options: TrainOptions) -> float:
@@ -106,9 +118,9 @@ def flops_per_image(preset: str, options: TrainOptions) -> float:
     return counted.flops
 
 
-def training_row(preset: str, batch: int, device: torch.device) -> Row:
-    row = Row(f"training step, {preset}", batch)
-    trainer, step = make_trainer(preset, batch, device)
+def training_row(preset: str, batch: int, device: torch.device, cuda_graph: bool) -> Row:
+    row = Row(f"training step, {preset}" + ", CUDA graph" * cuda_graph, batch)
+    trainer, step = make_trainer(preset, batch, device, cuda_graph)
     if device.type != "cuda":
         step()
         return row
@@ -146,10 +158,13 @@ def sampling_row(preset: str, batch: int, device: torch.device) -> Row:
 
 
 def rows(presets: tuple[str, ...], batches: tuple[int, ...], sampling: bool, device: torch.device) -> Iterator[Row]:
-    measure = sampling_row if sampling else training_row
-    for preset, batch in itertools.product(presets, batches):
+    graphs = [False] if sampling or device.type != "cuda" else [False, True]
+    for preset, batch, cuda_graph in itertools.product(presets, batches, graphs):
         try:
-            yield measure(preset, batch, device)
+            if sampling:
+                yield sampling_row(preset, batch, device)
+            else:
+                yield training_row(preset, batch, device, cuda_graph)
         except torch.OutOfMemoryError:
             yield Row(
                 f"{'sampling' if sampling else 'training step'}, {preset}", batch, note="does not fit into memory"

@@ -2,8 +2,8 @@
 
 python -m benchmarks.gpu_training digits|emoji FOLDER [--data FILE] [--minutes 3] [--dry-run]
 
-Both runs start at once with the same seed, in FOLDER/<name>-cuda and FOLDER/<name>-cpu; the CPU's is stopped when the
-GPU's ends, or when the time is up, and the curves are compared as far as both go. emoji needs --data: what `python -m
+Both runs start at once with the same seed, in FOLDER/<name>-cuda and FOLDER/<name>-cpu; they are stopped when the time
+is up, and the curves are compared as far as both go. emoji needs --data: what `python -m
 python_train.data recipe emoji64 FILE --resolution 32` makes. Writes FOLDER/<name>-loss.png, <name>-samples.png and
 <name>.json. --dry-run trains for moments, on the CPU alone.
 """
@@ -43,12 +43,14 @@ def start(name: str, folder: Path, device: str, more: list[str]) -> subprocess.P
 
 
 def train(name: str, folder: Path, devices: list[str], more: list[str], seconds: float) -> None:
-    """Runs until the first device's run has ended or the time is up. Raises RuntimeError if that run fails."""
+    """Runs until all have ended, the time is up, or the first device's run fails: then RuntimeError."""
     running = {device: start(name, folder, device, more) for device in devices}
     first = running[devices[0]]
     end = time.monotonic() + seconds
     try:
-        while first.poll() is None and time.monotonic() < end:
+        while any(process.poll() is None for process in running.values()) and time.monotonic() < end:
+            if first.poll():
+                break
             time.sleep(0.5)
     finally:
         for process in running.values():
@@ -112,7 +114,7 @@ def compare(curves: dict[str, dict[float, float]]) -> dict[str, object]:
 @click.argument("name", type=click.Choice(list(RUNS)))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--data", "file", type=click.Path(exists=True, path_type=Path), help="The emoji, 32 x 32.")
-@click.option("--minutes", default=3.0, show_default=True, help="For the GPU's run.")
+@click.option("--minutes", default=3.0, show_default=True, help="For both runs.")
 @click.option("--dry-run", is_flag=True, help="A moment's training, on the CPU alone.")
 def main(name: str, folder: Path, file: Path | None, minutes: float, dry_run: bool) -> None:
     if name == "emoji" and file is None:

@@ -62,7 +62,7 @@ REGISTERS = {
     "adam_gains": 80,
     "precondition_scale_units": 80,
     "precondition_output_units": 80,
-    "denoising_loss_chunks": 80,
+    "denoising_loss_chunks": 64,
     "denoising_loss_samples": 40,
     "sampler_step_units": 80,
 }

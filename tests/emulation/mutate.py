@@ -6,8 +6,8 @@ python tests/emulation/mutate.py [--only TEXT] [--per-file 25] [--jobs 2] [--kep
 Every barrier is removed, and every fault of faults.py made. Other faults (bounds, strides, widths of reductions,
 indices, operators, constants, rounding, conditions, dropped statements) are made wherever the source offers one, and a
 sample of them, the same in every run, is tried for each file. A fault whose object code is that of the original is no
-fault. Those that no test can notice are in UNNOTICEABLE, with the reason. Exits with 1 unless every barrier, every
-planted fault and 95 % of the others are noticed.
+fault. Those that no test can notice are in UNNOTICEABLE, with the reason, and are not tried. Exits with 1 unless every
+barrier, every planted fault and 95 % of the others are noticed.
 
 Not mutated: comments, declarations of traffic (tests/test_traffic.py), the formulae of math.h (tests/ops), the torch
 layer (csrc/torch).
@@ -29,7 +29,7 @@ from unnoticeable import why_unnoticeable
 
 @dataclasses.dataclass
 class Result:
-    """What became of one mutant; `excuse`: why it may survive."""
+    """What became of one mutant; `excuse`: why no test can notice it."""
 
     mutant: Mutant
     verdict: Verdict
@@ -67,6 +67,10 @@ def mutate(chosen: Sequence[Mutant], jobs: int, quick: bool = False, kept: "Path
         unchanged = entry["source"] == digest(texts.get(mutant.file, ""))
         if unchanged and (verdict.outcome != "survived" or entry["tests"] == tests[mutant.file]):
             verdicts[mutant] = verdict
+    excuses = {mutant: why_unnoticeable(mutant, texts[mutant.file]) for mutant in chosen}
+    for mutant in chosen:
+        if excuses[mutant]:
+            verdicts.setdefault(mutant, Verdict("untried"))
     left = [mutant for mutant in chosen if mutant not in verdicts]
 
     def done(mutant: Mutant, verdict: Verdict) -> None:
@@ -84,7 +88,7 @@ def mutate(chosen: Sequence[Mutant], jobs: int, quick: bool = False, kept: "Path
     tried: list[Mutant] = []
     if left:
         run(left, jobs, done, quick)
-    return [Result(m, verdicts[m], m.diff(texts[m.file]), why_unnoticeable(m, texts[m.file])) for m in chosen]
+    return [Result(m, verdicts[m], m.diff(texts[m.file]), excuses[m]) for m in chosen]
 
 
 def digest(text: str) -> str:
@@ -95,7 +99,8 @@ def tests_of(files: Iterable[str]) -> dict[str, str]:
     """A digest of the tests that a fault in each file reaches."""
     made_of = families(ROOT)
     texts = {name: (HERE / f"test_emulated_{name}.py").read_text() for name in made_of}
-    return {file: digest("".join(texts[name] for name in made_of if file in made_of[name])) for file in files}
+    shared = (HERE / "emulated.py").read_text()
+    return {file: digest(shared + "".join(texts[name] for name in made_of if file in made_of[name])) for file in files}
 
 
 def report(results: Sequence[Result]) -> Iterator[str]:
@@ -107,13 +112,13 @@ def report(results: Sequence[Result]) -> Iterator[str]:
         groups = [[r for r in here if r.counts and r.mutant.operator == operator] for operator in ALWAYS]
         groups.append([r for r in here if r.counts and r.mutant.operator not in ALWAYS])
         counts = [sum(r.verdict.outcome == outcome for r in here) for outcome in ("same", "stillborn")]
-        excused = sum(r.verdict.outcome == "survived" and not r.counts for r in here)
+        excused = sum(bool(r.excuse) and r.verdict.outcome in ("survived", "untried") for r in here)
         killed = [f"{sum(not r.survived for r in group)} of {len(group)}" for group in groups]
         yield f"| {name} | {' | '.join(killed)} | {excused} | {counts[0]} | {counts[1]} |"
     for result in results:
-        if result.verdict.outcome == "survived":
-            note = f" (excused: {result.excuse})" if result.excuse else ""
-            yield f"\nsurvived{note}: {result.mutant.file}, {result.mutant.operator}\n{result.diff}"
+        if result.verdict.outcome in ("survived", "untried"):
+            note = f"excused ({result.excuse})" if result.excuse else "survived"
+            yield f"\n{note}: {result.mutant.file}, {result.mutant.operator}\n{result.diff}"
 
 
 def score(results: Sequence[Result]) -> float:

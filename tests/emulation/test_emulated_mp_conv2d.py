@@ -326,6 +326,22 @@ def test_refused(library: Library, case: Case, plan: Plan):
         run(library, FORWARD, x, w, case, plan)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 1, 2**24 + 8, 8, 1, 1),
+        Case(1, 1, 1, 8, 2**24 + 8, 1, 1),
+        Case(1, 1, 1, 8, 2**21, 3, 3),
+        Case(1, 2**15, 2**15 + 1, 8, 8),
+    ],
+    ids=str,
+)
+def test_numbers_beyond_their_bits_are_refused(library: Library, case: Case):
+    x = torch.zeros(8, dtype=torch.float16)  # is not touched
+    with pytest.raises(KernelFault, match="error 1"):
+        library.call("mp_conv2d", x, x, x, case.sizes, x.dtype, *Plan(3), x, 0, *[None] * 4, 0.0, 0.0, 0.0)
+
+
 def test_no_images(library: Library):
     case = Case(0, 4, 4, 8, 8)
     x, w, g = operands(case, torch.float16, whole=True)

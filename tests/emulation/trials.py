@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from seeding import Mutant
 
@@ -51,8 +51,8 @@ def _included(source: Path, root: Path) -> set[Path]:
 
 @dataclasses.dataclass
 class Verdict:
-    """`outcome`: killed, survived, same (object code), stillborn (does not compile); `by`: what noticed, and where;
-    `seconds` of processor time it took."""
+    """`outcome`: killed, survived, same (object code), stillborn (does not compile), untried (unnoticeable); `by`: what
+    noticed, and where; `seconds` of processor time it took."""
 
     outcome: str
     by: str = ""
@@ -197,8 +197,10 @@ class Tree:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "sources"
         self.build = folder / "build"
+        self.originals = folder / "originals"
         self.log = folder / "log"
         self.build.mkdir(parents=True)
+        self.originals.mkdir()
         copy_sources(ROOT, self.root)
 
     def write(self, file: str, text: str, only_float32: bool) -> None:
@@ -212,6 +214,17 @@ class Tree:
         status, answer = in_child(lambda: file.write_bytes(compile_family(family, self.root, self.build)), self.log)
         code = file.read_bytes() if status == 0 else b""
         return status, answer, code.replace(str(self.root).encode(), b".")  # the sanitizer's messages name the file
+
+    def original_code(self, family: str, only_float32: bool) -> bytes:
+        """The family's object code without a fault, of which the sources must be free; compiled once."""
+        file = self.originals / f"{family}-{only_float32}"
+        if not file.exists():
+            self.write(LAUNCH, (ROOT / LAUNCH).read_text(), only_float32)
+            status, answer, code = self.objects(family)
+            if status != 0:
+                raise RuntimeError(f"{family} does not compile: {answer}")
+            file.write_bytes(code)
+        return file.read_bytes()
 
     def test(self, family: str, first: Sequence[str], seconds: float) -> "tuple[Verdict, float]":
         """The verdict, and the seconds that the slowest test took."""
@@ -230,40 +243,28 @@ class Tree:
         self.log.unlink(missing_ok=True)
 
 
-class Original(NamedTuple):
-    """A family without a fault: its object code, by whether it is for float32 alone, and the time limit for its tests.
-
-    Most faults are noticed in float32, and kernels for it alone compile several times as fast: they are tried first.
-    """
-
-    codes: dict[bool, bytes]
-    seconds: float
-
-
 def stages(family: str) -> list[bool]:
-    """Whether to compile for float32 alone: first so, then not, where that makes a difference."""
+    """Whether to compile for float32 alone: first so, then not, where that makes a difference.
+
+    Most faults are noticed in float32, and kernels for it alone compile several times as fast."""
     names = families(ROOT)[family] - {LAUNCH}
     return [True, False] if any("dispatch_storage(" in (ROOT / name).read_text() for name in names) else [False]
 
 
-def original(family: str, tree: Tree) -> Original:
-    """Raises RuntimeError unless the family passes its tests."""
-    codes = {}
+def time_limit(family: str, tree: Tree) -> float:
+    """Seconds for each of the family's tests. Raises RuntimeError unless it passes them without a fault."""
     slowest = 0.0
     for only_float32 in stages(family):
-        tree.write(LAUNCH, (ROOT / LAUNCH).read_text(), only_float32)
-        status, answer, codes[only_float32] = tree.objects(family)
-        if status != 0:
-            raise RuntimeError(f"{family} does not compile: {answer}")
+        tree.original_code(family, only_float32)
         verdict, slowest = tree.test(family, [], 600)
         tree.clean()
         if verdict.outcome == "killed":
             raise RuntimeError(f"{family}: its tests fail without a fault: {verdict.by}")
-    return Original(codes, 1 + PATIENCE * slowest)
+    return 1 + PATIENCE * slowest
 
 
 def judge(
-    mutant: Mutant, tree: Tree, reached: Sequence[str], originals: dict[str, Original], first: Sequence[str]
+    mutant: Mutant, tree: Tree, reached: Sequence[str], limits: dict[str, float], first: Sequence[str]
 ) -> Verdict:
     """Tries a mutant on the families it reaches until one notices, its own first, then those that last found faults."""
     started = sum(os.times()[:4])
@@ -271,8 +272,8 @@ def judge(
     places = {family: order.get(f"test_emulated_{family}.py", len(order)) for family in reached}
     in_turn = sorted(reached, key=lambda name: (name != Path(mutant.file).stem, places[name]))
     verdict = Verdict("same")
-    for family, only_float32 in [(name, stage) for name in in_turn for stage in originals[name].codes]:
-        now = _judge_build(mutant, family, only_float32, tree, originals[family], first)
+    for family, only_float32 in [(name, stage) for name in in_turn for stage in stages(name)]:
+        now = _judge_build(mutant, family, only_float32, tree, limits[family], first)
         verdict = verdict if now.outcome == "same" else now
         if verdict.outcome in ("killed", "stillborn"):
             break
@@ -280,9 +281,10 @@ def judge(
 
 
 def _judge_build(
-    mutant: Mutant, family: str, only_float32: bool, tree: Tree, original: Original, first: Sequence[str]
+    mutant: Mutant, family: str, only_float32: bool, tree: Tree, limit: float, first: Sequence[str]
 ) -> Verdict:
     text = (ROOT / mutant.file).read_text()
+    without = tree.original_code(family, only_float32)
     tree.write(mutant.file, mutant.apply(text), only_float32)
     try:
         status, answer, code = tree.objects(family)
@@ -290,13 +292,9 @@ def _judge_build(
             raise RuntimeError(f"{family}: {answer}")
         if status != 0:
             return Verdict("stillborn")
-        if code == original.codes[only_float32]:
+        if code == without:
             return Verdict("same")
-        verdict, _ = tree.test(family, first, original.seconds)
-        if verdict.outcome == "survived" and not original.codes[only_float32]:  # which was not compiled before
-            tree.write(mutant.file, text, only_float32)
-            return Verdict("same") if tree.objects(family)[2] == code else verdict
-        return verdict
+        return tree.test(family, first, limit)[0]
     finally:
         tree.write(mutant.file, text, False)
         tree.clean()
@@ -322,12 +320,12 @@ def run(
         status, answer = in_child(lambda: precompile(trees[0].root, trees[0].build), trees[0].log)
         if status != 0:
             raise RuntimeError(answer)
-        originals = {family: Original(dict.fromkeys(stages(family), b""), 30) for family in concerned}
+        limits = dict.fromkeys(concerned, 30.0)
         if not quick:
-            for i, result in _in_parallel([functools.partial(original, family) for family in concerned], trees):
-                originals[concerned[i]] = result
+            for i, limit in _in_parallel([functools.partial(time_limit, family) for family in concerned], trees):
+                limits[concerned[i]] = limit
         tasks = [
-            lambda tree, m=m: judge(m, tree, reached[m.file], originals, killers)  # `killers` as it is by then
+            lambda tree, m=m: judge(m, tree, reached[m.file], limits, killers)  # `killers` as it is by then
             for m in chosen
         ]
         for i, verdict in _in_parallel(tasks, trees):
