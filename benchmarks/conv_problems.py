@@ -1,6 +1,6 @@
 """Every distinct convolution of EDM2 and the time that a model of the GPU expects our kernels to take for it.
 
-python -m benchmarks.conv_problems [--preset img512-s ...] [--batch 32 ...] [--gpu H200] [--all] [--csv FILE]
+python -m benchmarks.conv_problems [--preset img512-s ...] [--batch 32 ...] [--gpu H200] [--wgmma] [--all] [--csv FILE]
 
 The problems come from the network itself, run on meta tensors. **All times are predictions**: no GPU takes part. The
 model asks the library for its plan (tile, splits), counts the rounds of blocks that the multiprocessors work off, and
@@ -9,7 +9,8 @@ takes the longer of arithmetic and memory traffic:
     time = max(rounds * (products of a block / share of the tensor cores + latency), bytes / bandwidth) + parts
     parts = 2 * bytes of the parts of split sums / bandwidth + a launch
 
-The bound beside it is what no kernel can beat: max(products / peak of mma.sync, bytes / bandwidth).
+The bound beside it is what no kernel can beat: max(products / peak, bytes / bandwidth), where the peak is that of
+mma.sync, or with --wgmma, for the kernels that only Hopper has, the GPU's.
 """
 
 import collections
@@ -28,14 +29,14 @@ from edm2ext import _library
 from edm2ext.nn import MPConv
 from python_train.config import PRESETS, make_options
 from python_train.network import Precond
+from python_train.plan import NOMINAL_DATA
 
 BATCHES = (8, 32, 128)
 DIRECTIONS = ("forward", "grad x", "grad w")
-_RESOLUTION_CHANNELS_LABELS = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
-_DEPTH = 32  # kConvDepth
 _LATENCY = 1.0e-6  # seconds until a block's first operands are there, and for storing its sums
 _LAUNCH = 3.0e-6
 _UTILITY = 0.85  # of a multiprocessor's tensor cores while it multiplies
+_WGMMA_UTILITY = 0.75  # power holds the clock down
 
 
 class GPU(NamedTuple):
@@ -85,6 +86,7 @@ class Plan(NamedTuple):
     blocks: int
     splits: int
     steps: int
+    depth: int
     resident: int
     sum_rows: int
     sum_columns: int
@@ -108,7 +110,7 @@ class Prediction(NamedTuple):
 @functools.cache
 def problems_of(preset: str) -> dict[Problem, int]:
     """The preset's convolutions, and how often a forward pass computes each."""
-    resolution, channels, label_dim = _RESOLUTION_CHANNELS_LABELS[preset.split("-")[0]]
+    resolution, channels, label_dim = NOMINAL_DATA[preset.split("-")[0]]
     found: collections.Counter[Problem] = collections.Counter()
 
     def record(layer: MPConv, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -125,22 +127,23 @@ def problems_of(preset: str) -> dict[Problem, int]:
     return dict(sorted(found.items(), key=lambda item: (-item[0].height, item[0])))
 
 
-def plan(problem: Problem, batch: int, direction: int, gpu: GPU) -> Plan:
+def plan(problem: Problem, batch: int, direction: int, gpu: GPU, wgmma: bool = False) -> Plan:
     """What the library would do."""
     sizes = (ctypes.c_int64 * 7)(batch, *problem[:4], problem.kernel, problem.kernel)
-    answer = (ctypes.c_int64 * 8)()
-    ctypes.CDLL(str(_library.PATH)).edm2_plan_conv(direction, sizes, gpu.multiprocessors, answer)
+    answer = (ctypes.c_int64 * 9)()
+    ctypes.CDLL(str(_library.PATH)).edm2_plan_conv(direction, sizes, gpu.multiprocessors, int(wgmma), answer)
     return Plan(*answer)
 
 
-def predict(problem: Problem, batch: int, direction: int, gpu: GPU) -> Prediction:
+def predict(problem: Problem, batch: int, direction: int, gpu: GPU, wgmma: bool = False) -> Prediction:
     """How long a convolution or gradient in 16 bits ought to take."""
-    chosen = plan(problem, batch, direction, gpu)
-    peak = gpu.peak / 2 * gpu.mma_share  # multiply-adds/s
-    of_block = chosen.rows * chosen.columns * chosen.steps * _DEPTH
+    chosen = plan(problem, batch, direction, gpu, wgmma)
+    peak = gpu.peak / 2 * (1 if wgmma else gpu.mma_share)  # multiply-adds/s
+    utility = _WGMMA_UTILITY if wgmma else _UTILITY
+    of_block = chosen.rows * chosen.columns * chosen.steps * chosen.depth
     rounds = -(-chosen.blocks // gpu.multiprocessors)
     waves = -(-chosen.blocks // (gpu.multiprocessors * chosen.resident))
-    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * _UTILITY) + waves * _LATENCY
+    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * utility) + waves * _LATENCY
     pixels = batch * problem.height * problem.width
     activations = 2 * pixels * (problem.channels + problem.out)
     weight = problem.channels * problem.out * problem.kernel**2
@@ -153,7 +156,7 @@ def predict(problem: Problem, batch: int, direction: int, gpu: GPU) -> Predictio
     return Prediction(chosen, rounds, arithmetic, memory, parts, bound)
 
 
-def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterator[dict[str, object]]:
+def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool = False) -> Iterator[dict[str, object]]:
     """One for each distinct problem of the presets, batch and direction."""
     users: dict[Problem, list[str]] = {}
     for preset in presets:
@@ -170,7 +173,7 @@ def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterator[d
                     "presets": " ".join(names),
                 }
                 if problem.served:
-                    made = predict(problem, batch, direction, gpu)
+                    made = predict(problem, batch, direction, gpu, wgmma)
                     row |= {
                         "tile": f"{made.plan.rows}x{made.plan.columns}",
                         "splits": made.plan.splits,
@@ -183,7 +186,7 @@ def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterator[d
                 yield row
 
 
-def summary(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterator[str]:
+def summary(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool = False) -> Iterator[str]:
     """Markdown: the convolutions of one forward and backward pass together."""
     yield "| preset | batch | distinct | layers | 1e12 products | not ours | predicted ms | bound ms | bound / time |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
@@ -196,7 +199,7 @@ def summary(presets: Sequence[str], batches: Sequence[int], gpu: GPU) -> Iterato
                 (n * made.time, n * made.bound)
                 for p, n in found.items()
                 if p.served
-                for made in (predict(p, batch, direction, gpu) for direction in range(3))
+                for made in (predict(p, batch, direction, gpu, wgmma) for direction in range(3))
             ]
             time, bound = (sum(column) for column in zip(*times, strict=True))
             cells = [preset, batch, len(found), sum(found.values()), f"{total / 1e12:.2f}", f"{rest / total:.1%}"]
@@ -213,20 +216,27 @@ def table(found: Sequence[dict[str, object]]) -> Iterator[str]:
         yield "| " + " | ".join(str(row.get(key, "")) for key in header) + " |"
 
 
-_EDM2_PRESETS = [name for name in PRESETS if name.split("-")[0] in _RESOLUTION_CHANNELS_LABELS]
+EDM2_PRESETS = [name for name in PRESETS if name.split("-")[0] in NOMINAL_DATA]
 
 
 @click.command(help=__doc__)
-@click.option("--preset", "presets", multiple=True, type=click.Choice(_EDM2_PRESETS), help="[default: all]")
+@click.option("--preset", "presets", multiple=True, type=click.Choice(EDM2_PRESETS), help="[default: all]")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="[default: 8, 32, 128]")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="H200", show_default=True)
+@click.option("--wgmma", is_flag=True, help="Kernels for Hopper's own tensor-core instructions.")
 @click.option("--all", "every", is_flag=True, help="Also a row for every problem and direction.")
 @click.option("--csv", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write these rows to a file.")
-def main(presets: tuple[str, ...], batches: tuple[int, ...], gpu: str, every: bool, file: Path | None) -> None:
-    presets, batches = presets or tuple(_EDM2_PRESETS), batches or BATCHES
-    print(f"Predicted for {gpu}, {', '.join(map(str, GPUS[gpu]._asdict().items()))}; nothing here was measured.\n")
-    print("\n".join(summary(presets, batches, GPUS[gpu])))
-    found = list(rows(presets, batches, GPUS[gpu])) if every or file else []
+def main(
+    presets: tuple[str, ...], batches: tuple[int, ...], gpu: str, wgmma: bool, every: bool, file: Path | None
+) -> None:
+    if wgmma and GPUS[gpu].mma_share == 1:
+        raise click.UsageError(f"--wgmma is for Hopper, got --gpu {gpu}")
+    presets, batches = presets or tuple(EDM2_PRESETS), batches or BATCHES
+    kernels = "wgmma" if wgmma else "mma.sync"
+    facts = ", ".join(map(str, GPUS[gpu]._asdict().items()))
+    print(f"Predicted for {gpu} with {kernels}, {facts}; nothing here was measured.\n")
+    print("\n".join(summary(presets, batches, GPUS[gpu], wgmma)))
+    found = list(rows(presets, batches, GPUS[gpu], wgmma)) if every or file else []
     if every:
         print("", *table(found), sep="\n")
     if file is not None:

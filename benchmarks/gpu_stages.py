@@ -131,7 +131,8 @@ def library(seconds: float) -> Outcome:
     if not (stamp.exists() and stamp.read_text() == ours and run(loads, 60, PYTHONPATH=PATHS)[0] == 0):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--upgrade"]
         build = ["--target", str(SITE), ".", f"--config-settings=build-dir={ROOT / 'build' / 'gpu'}"]
-        status, text = run([*pip, *build], seconds, EDM2EXT_CUDA="ON")
+        hopper = "--config-settings=cmake.define.EDM2EXT_CUTLASS=AUTO"  # if nvidia-cutlass is installed
+        status, text = run([*pip, *build, hopper], seconds, EDM2EXT_CUDA="ON")
         if status != 0:
             return judged(status, text)
         stamp.write_text(ours)
@@ -378,6 +379,27 @@ def training(name: str, folder: Path, gpu: str, minutes: float, data: Path | Non
     return work
 
 
+# ---- stage e ----
+
+
+def convolution_table(gpu: str) -> Callable[[float], Outcome]:
+    """Every convolution of EDM2-S with its gradients, the best of all plans, and cuDNN."""
+
+    def work(seconds: float) -> Outcome:
+        if not gpu:
+            return Outcome("not measured", "no GPU")
+        file = BENCH / "convolutions.csv"
+        file.unlink(missing_ok=True)
+        status, text = run(python("-m", "benchmarks.conv", "--search", "--csv", str(file)), seconds, PYTHONPATH=PATHS)
+        outcome = judged(status, text, r"bound / ours: geometric mean[^\n]*")
+        if file.exists():
+            with file.open(encoding="utf-8", newline="") as stream:
+                outcome.table = list(csv.DictReader(stream))
+        return outcome
+
+    return work
+
+
 Row = tuple[str, Callable[[float], Outcome], float]  # name, work, seconds
 
 
@@ -407,6 +429,9 @@ def rows_of(options: argparse.Namespace, gpu: str, folder: Path) -> list[Row]:
         step_on_cpu = python("-m", "benchmarks.run", "--only", "training step", "--rounds", "3")
         on_cpu: Row = ("training step on the CPU", lambda s: judged(*run(step_on_cpu, s, PYTHONPATH=PATHS)), 90)
         return [*prepare, *training_steps, sampling, *beside, on_cpu]
+    if options.stage == "e":
+        exact: Row = ("tests of convolutions", tests("tests/gpu/test_gpu_conv.py"), 200)
+        return [*prepare, exact, ("convolutions beside cuDNN", convolution_table(gpu), 400)]
     profile = measured("gpu_profile", ["--preset=img512-s", "--batch=32"], gpu, r"the three largest gaps[^\n]*|\Z")
     return [
         *prepare,
@@ -419,7 +444,7 @@ def rows_of(options: argparse.Namespace, gpu: str, folder: Path) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["a", "b", "c", "d"])
+    parser.add_argument("stage", choices=["a", "b", "c", "d", "e"])
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--minutes", type=float, default=8.0, help="for the whole stage")
     parser.add_argument("--results", type=Path, help="folder to merge the results into")

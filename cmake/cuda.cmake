@@ -1,6 +1,6 @@
 # Decides whether the CUDA kernels are compiled, for which architectures and with which flags, and says so in one line; the same
 # for the convolutions on tensor cores. Sets EDM2_CUDA_ENABLED, EDM2_CUDA_REASON, EDM2_CUDA_VERSION, EDM2_CUDA_FLAGS,
-# CMAKE_CUDA_ARCHITECTURES, EDM2_CONV_ENABLED and EDM2_CONV_REASON; enables the language.
+# CMAKE_CUDA_ARCHITECTURES, EDM2_CONV_ENABLED, EDM2_CONV_REASON, EDM2_WGMMA_ENABLED and EDM2_CUTLASS; enables the language.
 
 include(CheckLanguage)
 set(EDM2_CUDA_ENABLED OFF)
@@ -121,6 +121,33 @@ function(edm2_conv_obstacle result)
   return(PROPAGATE ${result})
 endfunction()
 
+# Why the convolutions on Hopper's tensor cores are not compiled, given that the others are; empty if they are. Sets
+# EDM2_CUTLASS, the folder of CUTLASS.
+function(edm2_wgmma_obstacle result)
+  set(EDM2_CUTLASS ${EDM2EXT_CUTLASS})
+  set(${result} "EDM2EXT_CUTLASS=OFF")
+  if(EDM2EXT_CUTLASS STREQUAL "OFF")
+    return(PROPAGATE ${result})
+  endif()
+  set(${result} "architecture 90a is not among those asked for")
+  if(NOT "90a" IN_LIST EDM2_CUDA_ARCHS)
+    return(PROPAGATE ${result})
+  endif()
+  if(EDM2EXT_CUTLASS STREQUAL "AUTO")
+    execute_process(
+      COMMAND ${Python_EXECUTABLE} -c "import importlib.util, os; found = importlib.util.find_spec('cutlass_library')
+print(os.path.join(os.path.dirname(found.origin), 'source') if found else '', end='')"
+      OUTPUT_VARIABLE EDM2_CUTLASS)
+  endif()
+  set(${result} "no headers of CUTLASS (pip install --no-deps nvidia-cutlass)")
+  if(EXISTS "${EDM2_CUTLASS}/include/cutlass/conv/collective/sm90_implicit_gemm_gmma_ss_warpspecialized.hpp")
+    set(${result} "")
+  elseif(NOT EDM2EXT_CUTLASS STREQUAL "AUTO")
+    message(FATAL_ERROR "edm2ext: EDM2EXT_CUTLASS=${EDM2EXT_CUTLASS}, but there are no headers of CUTLASS 4 in its include folder")
+  endif()
+  return(PROPAGATE ${result} EDM2_CUTLASS)
+endfunction()
+
 edm2_cuda_obstacle(obstacle)
 if(NOT obstacle)
   set(EDM2_CUDA_ENABLED ON)
@@ -153,4 +180,15 @@ elseif(EDM2EXT_CONV STREQUAL "ON")
   message(FATAL_ERROR "edm2ext: EDM2EXT_CONV=ON, but ${EDM2_CONV_REASON}")
 else()
   message(STATUS "edm2ext: convolutions on tensor cores off: ${EDM2_CONV_REASON}")
+endif()
+
+set(EDM2_WGMMA_ENABLED OFF)
+if(EDM2_CONV_ENABLED)
+  edm2_wgmma_obstacle(EDM2_WGMMA_REASON)
+  if(NOT EDM2_WGMMA_REASON)
+    set(EDM2_WGMMA_ENABLED ON)
+    message(STATUS "edm2ext: convolutions on Hopper's tensor cores on: CUTLASS in ${EDM2_CUTLASS}")
+  else()
+    message(STATUS "edm2ext: convolutions on Hopper's tensor cores off: ${EDM2_WGMMA_REASON}")
+  endif()
 endif()

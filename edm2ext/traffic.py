@@ -211,6 +211,15 @@ def _as_on_cuda(func: Any, args: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
+class CudaLayouts(TorchDispatchMode):
+    """Meta tensors get the layouts within that they would have on CUDA."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _as_on_cuda(func, args, func(*args, **(kwargs or {})))
+
+
 class _FlashAttention(TorchFunctionMode):
     """Attention on meta tensors takes the kernel that it takes on CUDA, not that of a CPU."""
 

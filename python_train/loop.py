@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import tqdm
 
-from python_train import UserError, checkpoint, data, graph, rng, sharded_state
+from edm2ext import tune
+from python_train import UserError, checkpoint, data, graph, plan, rng, sharded_state
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.reporter import Reporter
@@ -115,6 +116,9 @@ def _train(
     if first >= stop:
         return first
 
+    if world.device.type == "cuda" and options.precision != "fp32":
+        sizes = (dataset.resolution, net.img_channels, dataset.label_dim)
+        tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch))
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = Reporter(trainer, dataset, encoder, run, elapsed)

@@ -16,15 +16,22 @@ from types import SimpleNamespace
 import torch
 
 import edm2ext
+from edm2ext.ops import conv_choice
 from edm2ext.phema.stored import BYTES
-from edm2ext.traffic import Counter, PeakMemory, counting
-from python_train.config import TrainOptions
+from edm2ext.traffic import Counter, CudaLayouts, PeakMemory, counting
+from python_train import UserError
+from python_train.config import PRESETS, TrainOptions, make_options
 from python_train.network import Precond
 from python_train.trainer import COMPUTE_DTYPES, Trainer
 from python_train.world import World
 
 PEAK_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
 FREE_MEMORY = 0.92  # of the GPU's, left by its driver, the allocator's gaps and the workspaces of libraries
+
+
+# What the presets' names say they are for: resolution, channels and label_dim (spec 1.1, 1.2). A dry run without --data
+# counts on it.
+NOMINAL_DATA = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,29 @@ def count_rounds(
                 trainer.step(itertools.repeat(batch))
             rounds.append(_round(images, peak.bytes, counter))
     return rounds[1:]
+
+
+def convolutions(
+    options: TrainOptions, resolution: int, channels: int, label_dim: int, images: int
+) -> list[conv_choice.Problem]:
+    """The distinct convolutions and gradients of a training step of so many images on one GPU, those that our kernels
+    can compute: what `edm2ext.tune` chooses for. Leaves the random numbers of the CPU alone."""
+    with torch.random.fork_rng([]), torch.device("meta"), CudaLayouts(), conv_choice.recording() as found:
+        net = Precond(**options.network_config(resolution, channels, label_dim))
+        encoder = SimpleNamespace(encode=lambda stored: stored)
+        options = replace(options, batch=1, batch_gpu=1)
+        batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
+        Trainer(net, options, encoder, World(device=torch.device("meta"))).step(itertools.repeat(batch))
+    return list(found)
+
+
+def convolutions_of_preset(preset: str, images: int, precision: str) -> list[conv_choice.Problem]:
+    """The same for a preset and the data that it was made for. Raises UserError for other presets."""
+    nominal = NOMINAL_DATA.get(preset.partition("-")[0])
+    if nominal is None or preset not in PRESETS:
+        known = ", ".join(name for name in PRESETS if name.partition("-")[0] in NOMINAL_DATA)
+        raise UserError(f"preset must be one of {known}, got {preset!r}")
+    return convolutions(make_options(preset, precision=precision), *nominal, images)
 
 
 def _round(images: int, peak: int, counter: Counter) -> Round:

@@ -17,10 +17,10 @@ from python_train import UserError, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
 from python_train.run_dir import STATES_KEPT
 from python_train.stop import EXIT_STOPPED, Stopped
+from python_train.trainer import fastest_precision
 from python_train.world import World, open_world
 
-# What the presets' names say they are for; a dry run without --data counts on it (spec 1.1, 1.2).
-_NOMINAL_DATA = {"img512": (64, 4, 1000), "img64": (64, 3, 1000)}
+AUTO = "auto"
 _DEMO_MAY_GIVE = {"outdir", "device"}
 
 
@@ -94,8 +94,9 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 @click.option("--dropout", type=float, help="Dropout probability. [0]")
 @click.option("--P-mean", "P_mean", type=float, help="Mean of the training noise's log-normal distribution. [-0.4]")
 @click.option("--P-std", "P_std", type=float, help="Standard deviation of the same. [1.0]")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the network's main path; fp16 means "
-              "fp32 on a CPU. [fp16]")  # fmt: skip
+@click.option("--precision", type=click.Choice((*PRECISIONS, AUTO)), help="Arithmetic of the network's main path; "
+              "fp16 means fp32 on a CPU; auto: fp16 on a GPU, bf16 on a CPU that multiplies it, else fp32. "
+              "[fp16]")  # fmt: skip
 @click.option("--loss-scaling", type=float, help="Constant factor on the loss. [1]")
 @click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude "
               "before every forward pass, as published, or within the optimizer's step. [forward]")  # fmt: skip
@@ -156,8 +157,10 @@ def main(
             raise UserError(f"preset {preset} needs --data: a folder or ZIP of images (only 'digits' is embedded)")
         outdir = outdir or Path("runs") / (preset or Path(options.data).stem)
         with open_world(device) as world:
+            if options.precision == AUTO:
+                options = dataclasses.replace(options, precision=fastest_precision(world.device))
             options.validate(world.size)
-            nominal = _NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
+            nominal = plan.NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
             dataset = None
             if not nominal:
                 dataset = data.open_dataset(options.data, options.cond, xflip, int(cache * 2**30), workers)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edm2ext import tune
 from edm2ext.nn import PreparedWeights, force_normalization
 from edm2ext.optim import FusedAdam
 from edm2ext.phema import PowerEMA
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from python_train.sharded import Shards
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def fastest_precision(device: torch.device) -> str:
+    """The key of COMPUTE_DTYPES to train with on a device: fp16 on a GPU; on a CPU bf16 if it has instructions that
+    multiply it (AVX-512 BF16, AMX), for without them it takes several times as long as fp32."""
+    if device.type != "cpu":
+        return "fp16"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch does not tell
+    return "bf16" if found.get("amx_bf16") or found.get("avx512_bf16") else "fp32"
 
 
 def learning_rate(nimg: int, batch: int, lr: float, decay: float, rampup: float) -> float:
@@ -221,10 +231,12 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "nonfinite": self.optimizer.nonfinite,
+            "convolutions": tune.choices(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved, with or without shards."""
+        tune.load(state.get("convolutions", {}))
         if self.shards is not None:
             sharded_state.take(state, self)
             return

@@ -26,13 +26,15 @@ def test_every_convolution_of_the_network_is_in_the_list():
     assert 0.97 * 102e9 < products < 102e9
 
 
+@pytest.mark.parametrize("wgmma", [False, True])
 @pytest.mark.parametrize("direction", range(3))
-def test_predictions_keep_the_bound(direction: int):
+def test_predictions_keep_the_bound(direction: int, wgmma: bool):
     for problem in problems_of("img512-l"):
         if problem.served:
-            made = predict(problem, 32, direction, GPUS["H200"])
+            made = predict(problem, 32, direction, GPUS["H200"], wgmma)
             assert made.time > made.bound
-            assert made.plan.blocks * made.plan.rows * made.plan.columns * made.plan.steps * 32 >= problem.products(32)
+            of_block = made.plan.rows * made.plan.columns * made.plan.steps * made.plan.depth
+            assert made.plan.blocks * of_block >= problem.products(32)
 
 
 def test_command_line(tmp_path: Path):
@@ -42,6 +44,12 @@ def test_command_line(tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "| img512-xs | 8 | 39 | 123 |" in result.output
     assert len(file.read_text().splitlines()) == 1 + 3 * 39
+
+
+def test_wgmma_is_for_hopper():
+    result = CliRunner().invoke(conv_problems.main, ["--gpu", "A100", "--wgmma"])
+    assert result.exit_code == 2
+    assert "--wgmma is for Hopper, got --gpu A100" in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

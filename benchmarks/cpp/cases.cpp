@@ -20,6 +20,8 @@ void cosine_attention(Table& table);
 void precondition(Table& table);
 void denoising_loss(Table& table);
 void sampler_step(Table& table);
+void mp_conv2d(Table& table);
+void conv_weight_grad(Table& table);
 
 std::vector<Case> all_cases(Size size) {
   Table table{size, {}};
@@ -38,6 +40,8 @@ std::vector<Case> all_cases(Size size) {
   precondition(table);
   denoising_loss(table);
   sampler_step(table);
+  mp_conv2d(table);
+  conv_weight_grad(table);
   return std::move(table.cases);
 }
 

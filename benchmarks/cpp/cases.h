@@ -26,6 +26,7 @@ struct Case {
   std::vector<Buffer> buffers;
   std::function<int(const Pointers&, CUstream_st*)> gpu;  // empty in edm2_cpu_bench, and where there is no CUDA kernel
   std::function<void(const Pointers&)> cpu;               // all work in one thread; empty in edm2_cuda_bench
+  int64_t products = 0;                                   // multiply-adds, of products
 };
 
 /// small: odd and even shapes of every layout and dtype, for a sanitizer. cpu: what lies in the caches of a CPU. gpu:

@@ -176,28 +176,32 @@ class Report {
  public:
   explicit Report(const Options& options) : options_(options) {}
 
-  void row(const std::string& name, const Count& counted, const Times* times, double copy, const std::string& error) {
+  void row(const Case& timed, const Count& counted, const Times* times, double copy, const std::string& error) {
+    const std::string& name = timed.name;
     const double bytes = static_cast<double>(counted.read + counted.written);
     char csv[512];
     char json[768];
     if (times != nullptr) {
       const double rate = bytes / times->median;
-      printf("%-64s %9.4f ms  %6.3f TB/s  %5.1f %% of copy  (%.4f to %.4f ms)\n", name.c_str(), times->median,
-             rate / 1e9, 100 * rate / copy, times->fastest, times->slowest);
-      snprintf(csv, sizeof csv, "\"%s\",%lld,%lld,%lld,%.6f,%.6f,%.6f,%.4f,%.4f,\n", name.c_str(),
+      const double tflops = 2.0 * static_cast<double>(timed.products) / times->median / 1e9;
+      printf("%-64s %9.4f ms  %6.3f TB/s  %5.1f %% of copy  (%.4f to %.4f ms)", name.c_str(), times->median, rate / 1e9,
+             100 * rate / copy, times->fastest, times->slowest);
+      if (timed.products > 0) printf("  %.1f TFLOP/s", tflops);
+      printf("\n");
+      snprintf(csv, sizeof csv, "\"%s\",%lld,%lld,%lld,%.6f,%.6f,%.6f,%.4f,%.4f,%.1f,\n", name.c_str(),
                number(counted.launches), number(counted.read), number(counted.written), times->median, times->fastest,
-               times->slowest, rate / 1e9, rate / copy);
+               times->slowest, rate / 1e9, rate / copy, tflops);
       snprintf(
           json, sizeof json,
           "{\"name\": \"%s\", \"launches\": %lld, \"read\": %lld, \"written\": %lld, \"ms\": %.6f, \"ms_fastest\": "
-          "%.6f, \"ms_slowest\": %.6f, \"tb_per_s\": %.4f, \"of_copy\": %.4f}",
+          "%.6f, \"ms_slowest\": %.6f, \"tb_per_s\": %.4f, \"of_copy\": %.4f, \"tflops\": %.1f}",
           name.c_str(), number(counted.launches), number(counted.read), number(counted.written), times->median,
-          times->fastest, times->slowest, rate / 1e9, rate / copy);
+          times->fastest, times->slowest, rate / 1e9, rate / copy, tflops);
     } else {
       printf("%-64s %lld launches, %.1f MB read, %.1f MB written%s%s\n", name.c_str(), number(counted.launches),
              static_cast<double>(counted.read) / 1e6, static_cast<double>(counted.written) / 1e6,
              error.empty() ? "" : "  FAILED: ", error.c_str());
-      snprintf(csv, sizeof csv, "\"%s\",%lld,%lld,%lld,,,,,,\"%s\"\n", name.c_str(), number(counted.launches),
+      snprintf(csv, sizeof csv, "\"%s\",%lld,%lld,%lld,,,,,,,\"%s\"\n", name.c_str(), number(counted.launches),
                number(counted.read), number(counted.written), error.c_str());
       snprintf(json, sizeof json,
                "{\"name\": \"%s\", \"launches\": %lld, \"read\": %lld, \"written\": %lld, \"error\": \"%s\"}",
@@ -209,7 +213,7 @@ class Report {
   }
 
   void save(const std::string& device, double copy) const {
-    write(options_.csv, "name,launches,read,written,ms,ms_fastest,ms_slowest,tb_per_s,of_copy,error\n" + csv_);
+    write(options_.csv, "name,launches,read,written,ms,ms_fastest,ms_slowest,tb_per_s,of_copy,tflops,error\n" + csv_);
     write(options_.json, "{\"device\": \"" + device + "\", \"copy_tb_per_s\": " + std::to_string(copy / 1e9) +
                              ", \"rows\": [\n" + json_ + "\n]}\n");
   }
@@ -250,13 +254,13 @@ int run(const Options& options) {
     try {
       counted = count(timed);
       if (options.list) {
-        report.row(timed.name, counted, nullptr, copy, "");
+        report.row(timed, counted, nullptr, copy, "");
         continue;
       }
       const Times times = time_case(timed, options.repeats, options.small ? 0 : int64_t{4} * device.l2CacheSize);
-      report.row(timed.name, counted, options.small ? nullptr : &times, copy, "");
+      report.row(timed, counted, options.small ? nullptr : &times, copy, "");
     } catch (const std::runtime_error& error) {  // the others may work
-      report.row(timed.name, counted, nullptr, copy, error.what());
+      report.row(timed, counted, nullptr, copy, error.what());
       ++failed;
     }
   }

@@ -20,9 +20,16 @@ ConvSizes sizes_of(const ConvShape& shape) {
 }
 
 template <ConvDirection Direction, typename T>
-cudaError_t launch_tiles(int tile, const ConvArguments<T>& args, cudaStream_t stream, Traffic traffic) {
-  static_assert(kConvTileCount == 4);
+cudaError_t launch_tiles([[maybe_unused]] const ConvShape& shape, int tile, const ConvArguments<T>& args,
+                         cudaStream_t stream, Traffic traffic) {
+  static_assert(kConvTileCount == 4 && kConvWgmmaTileCount == 2);
   switch (tile) {
+#if defined(EDM2_CONV_WGMMA)
+    case 4:
+      return launch_conv_wgmma<Direction, 0>(shape, args, stream, traffic);
+    case 5:
+      return launch_conv_wgmma<Direction, 1>(shape, args, stream, traffic);
+#endif
     case 0:
       return launch_conv_tiles<Direction, 0>(args, stream, traffic);
     case 1:
@@ -39,9 +46,9 @@ template <ConvDirection Direction, typename T>
 cudaError_t run(const ConvShape& shape, const ConvPlan& plan, float* workspace, ConvArguments<T> args,
                 cudaStream_t stream, Traffic traffic) {
   if (!fits(shape)) return cudaErrorInvalidValue;
-  const ConvProduct product = conv_product(Direction, shape);
+  const ConvProduct product = conv_product(Direction, shape, plan);
   if (product.rows == 0) return cudaSuccess;
-  if (plan.tile < 0 || plan.tile >= kConvTileCount || plan.splits < 1 ||
+  if (plan.tile < 0 || plan.tile >= conv_tile_count() || plan.splits < 1 ||
       plan.splits > std::max<int64_t>(product.steps, 1)) {
     return cudaErrorInvalidValue;
   }
@@ -51,12 +58,12 @@ cudaError_t run(const ConvShape& shape, const ConvPlan& plan, float* workspace, 
   args.steps = static_cast<int>(product.steps);
   args.splits = plan.splits;
   args.parts = workspace;
-  if (plan.splits == 1) return launch_tiles<Direction>(plan.tile, args, stream, traffic);
+  if (plan.splits == 1) return launch_tiles<Direction>(shape, plan.tile, args, stream, traffic);
   const int64_t parts = 4 * conv_workspace(product, plan);
   const int64_t operands = 2 * (shape.pixels() * (Direction == ConvDirection::kForward ? shape.in : shape.out) +
                                 (Direction == ConvDirection::kBackwardWeight ? shape.pixels() * shape.in
                                                                              : shape.in * shape.out * shape.taps()));
-  const cudaError_t error = launch_tiles<Direction>(plan.tile, args, stream, {operands, parts});
+  const cudaError_t error = launch_tiles<Direction>(shape, plan.tile, args, stream, {operands, parts});
   if (error != cudaSuccess) return error;
   return launch(mp_conv2d_add_parts<Direction, T>, ceil_div(product.rows * product.columns / kConvPack, kThreads),
                 kThreads, stream, {parts + traffic.read - operands, traffic.written}, args);
@@ -119,6 +126,14 @@ cudaError_t backward_weight(const MPConv2dBackwardWeightParams& params, cudaStre
 }
 
 }  // namespace
+
+int conv_tile_count() {
+#if defined(EDM2_CONV_WGMMA)
+  return kConvTileCount + kConvWgmmaTileCount;
+#else
+  return kConvTileCount;
+#endif
+}
 
 int plan_mp_conv2d(ConvDirection direction, const ConvShape& shape, bool meta, ConvPlan* plan) {
   int multiprocessors = 132;

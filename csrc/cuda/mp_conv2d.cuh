@@ -481,6 +481,20 @@ __device__ void store_sums(const ConvArguments<T>& args, int row, int column, Fl
   }
 }
 
+/// Stores eight neighbouring sums of a row, or their part `split` where there are several.
+template <ConvDirection Direction, typename T>
+__device__ void store_or_part(const ConvArguments<T>& args, int split, int row, int column, const Floats<4>& low,
+                              const Floats<4>& high) {
+  if (args.splits > 1) {
+    float* target = args.parts + (int64_t{split} * args.rows + row) * args.columns + column;
+    store(target, low);
+    store(target + 4, high);
+  } else {
+    store_sums<Direction>(args, row, column,
+                          {low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]});
+  }
+}
+
 /// Sums on their way from the layout of the tensor cores to rows of 16 bytes, through shared memory: 16 rows of each
 /// warp's at a time.
 template <ConvDirection Direction, typename Tile, typename T>
@@ -507,16 +521,7 @@ __device__ void store_tile(const ConvArguments<T>& args, int row, int column, in
       const int at_column = column + warp_column<Tile>() + k % kPacks * kConvPack;
       if (at_row >= args.rows || at_column >= args.columns) continue;
       const float* source = own + k / kPacks * kPadded + k % kPacks * kConvPack;
-      const auto low = load<4>(source);
-      const auto high = load<4>(source + 4);
-      if (args.splits > 1) {
-        float* target = args.parts + (int64_t{split} * args.rows + at_row) * args.columns + at_column;
-        store(target, low);
-        store(target + 4, high);
-      } else {
-        store_sums<Direction>(args, at_row, at_column,
-                              {low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]});
-      }
+      store_or_part<Direction>(args, split, at_row, at_column, load<4>(source), load<4>(source + 4));
     }
     __syncwarp();
   }

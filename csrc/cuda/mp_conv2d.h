@@ -10,4 +10,10 @@ namespace edm2::cuda {
 template <ConvDirection Direction, int Tile, typename T>
 cudaError_t launch_conv_tiles(const ConvArguments<T>& args, cudaStream_t stream, Traffic traffic);
 
+/// Starts mp_conv2d_wgmma<Direction, Tile, T>: the same on Hopper (mp_conv2d_wgmma.cu). args.steps are of
+/// kConvWgmmaDepth.
+template <ConvDirection Direction, int Tile, typename T>
+cudaError_t launch_conv_wgmma(const ConvShape& shape, const ConvArguments<T>& args, cudaStream_t stream,
+                              Traffic traffic);
+
 }  // namespace edm2::cuda

@@ -31,6 +31,7 @@ py::dict build_info() {
   info["cuda_archs"] = EDM2_CUDA_ARCHS;
   info["conv"] = EDM2_CONV_ENABLED != 0;
   info["conv_reason"] = EDM2_CONV_REASON;
+  info["conv_wgmma"] = EDM2_WGMMA_ENABLED != 0;
   return info;
 }
 

@@ -60,16 +60,20 @@ ConvPlan chosen(ConvDirection direction, const ConvShape& shape, const Plan& pla
     }
     return result;
   }
-  const int64_t steps = conv_product(direction, shape).steps;
-  EDM2_CHECK(
-      plan.size() == 2 && plan[0] >= 0 && plan[0] < kConvTileCount && plan[1] >= 1 && (plan[1] <= steps || steps == 0),
-      op, "plan", "expected nothing, or a tile below ", kConvTileCount, " and 1 to ", steps, " splits");
-  return {static_cast<int>(plan[0]), static_cast<int>(plan[1])};
+  const int tiles = cuda::conv_tile_count();
+  EDM2_CHECK(plan.size() == 2 && plan[0] >= 0 && plan[0] < tiles, op, "plan", "expected nothing, or a tile below ",
+             tiles, " and the number of splits");
+  result.tile = static_cast<int>(plan[0]);
+  const int64_t steps = conv_product(direction, shape, result).steps;
+  EDM2_CHECK(plan[1] >= 1 && (plan[1] <= steps || steps == 0), op, "plan", "expected 1 to ", steps, " splits, got ",
+             plan[1]);
+  result.splits = static_cast<int>(plan[1]);
+  return result;
 }
 
 /// The partial sums of a plan.
 Tensor parts_of(ConvDirection direction, const ConvShape& shape, const ConvPlan& plan, const View& x) {
-  return workspace(x, conv_workspace(conv_product(direction, shape), plan));
+  return workspace(x, conv_workspace(conv_product(direction, shape, plan), plan));
 }
 
 Tensor empty_image(const View& like, int64_t channels) {

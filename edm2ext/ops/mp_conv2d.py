@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edm2ext import _library, backend, checks, reference
+from edm2ext.ops import conv_choice
+from edm2ext.ops.conv_choice import Problem
 from edm2ext.ops.mp_silu import mp_silu_modulated
 from edm2ext.ops.mp_sum import mp_sum
 from edm2ext.ops.normalize_weight import unchecked_effective_weight
@@ -25,7 +27,9 @@ _mp_conv2d_backward_input = backend.op("mp_conv2d_backward_input")
 _mp_conv2d_backward_weight = backend.op("mp_conv2d_backward_weight")
 _mp_conv2d_silu_modulated = backend.op("mp_conv2d_silu_modulated")
 _mp_conv2d_sum = backend.op("mp_conv2d_sum")
+_mp_silu_modulated = backend.op("mp_silu_modulated")
 _mp_silu_modulated_backward = backend.op("mp_silu_modulated_backward")
+_mp_sum = backend.op("mp_sum")
 _mp_sum_backward = backend.op("mp_sum_backward")
 _effective_weight_backward = backend.op("effective_weight_backward")
 _TENSOR_CORES = backend.kernels(
@@ -34,13 +38,14 @@ _TENSOR_CORES = backend.kernels(
     "mp_conv2d_backward_weight",
     "mp_conv2d_silu_modulated",
     "mp_conv2d_sum",
+    "mp_silu_modulated",
     "mp_silu_modulated_backward",
+    "mp_sum",
     "mp_sum_backward",
     "effective_weight_backward",
 )
 _CHANNELS = 8  # of which the kernels want a multiple: 16 bytes
 _MOST_TAPS = 25
-_CHOOSE: list[int] = []  # the plan that the library chooses
 
 
 class ModulatedSiLU(NamedTuple):
@@ -97,7 +102,8 @@ def mp_conv2d(
 
     On a GPU, in float16 or bfloat16 and channels_last, convolutions that keep the size, with multiples of 8 channels
     and up to 25 taps, run on kernels of our own if the library was built with them (CMake option EDM2EXT_CONV); the
-    gradient of the weight then stays in float32 on its way to w. All others are torch's.
+    gradient of the weight then stays in float32 on its way to w. `edm2ext.tune` can choose which kernels compute one,
+    and that torch's do after all. All others are torch's.
     """
     pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
     dtype = product_dtype(x)
@@ -196,7 +202,7 @@ def _has_kernel(
     out, channels, height, width = w.shape
     return (
         dtype in (torch.float16, torch.bfloat16)
-        and backend.native(x, _TENSOR_CORES)
+        and (backend.native(x, _TENSOR_CORES) or (x.is_meta and conv_choice.is_recording()))
         and memory_format(x) == torch.channels_last
         and out % _CHANNELS == 0
         and channels % _CHANNELS == 0
@@ -252,26 +258,63 @@ def convolve(
         other = then.c.to(x.dtype)
     elif then is not None:
         other, t, clip = then.skip, then.t, math.inf if then.clip is None else then.clip
-    fused = _fusions.get(type(then))
+    fused = _FUSIONS[type(then)]
     differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in (x, w, gain, other))
     if differentiable and torch.is_grad_enabled():
         return _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip)
-    return _forward(x, kernel, other, fused, t, clip, keep=False)[0]
+    return convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
 
 
-_fusions = {ModulatedSiLU: "silu", SumWith: "sum"}
+_FUSIONS = {type(None): "", ModulatedSiLU: "silu", SumWith: "sum"}
 
 
-def _forward(
-    x: Tensor, kernel: Tensor, other: Tensor | None, fused: str | None, t: float, clip: float, keep: bool
+def _problem(direction: int, image: Tensor, w: Tensor, follows: str = "", keep: bool = False) -> Problem:
+    """What is asked about; image: x or the gradient of y."""
+    batch, _, height, width = image.shape
+    out, channels, *kernel = w.shape
+    return Problem(direction, batch, height, width, channels, out, *kernel, image.dtype, follows, keep)
+
+
+def convolve_forward(
+    x: Tensor, kernel: Tensor, other: Tensor | None, fused: str, t: float, clip: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the convolution where it is kept or the same."""
+    """The result, and the convolution where it is kept or the same. What follows is fused into our kernels, and done by
+    its own kernel after torch's."""
+    plan = conv_choice.choice(_problem(0, x, kernel, fused, keep))
+    if plan is None:
+        y = F.conv2d(x, kernel, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2))
+        if fused == "silu":
+            return _mp_silu_modulated(y, other), y
+        return (_mp_sum(other, y, t, clip) if fused == "sum" else y), y
     if fused == "silu":
-        return _mp_conv2d_silu_modulated(x, kernel, other, keep, _CHOOSE)
+        return _mp_conv2d_silu_modulated(x, kernel, other, keep, plan)
     if fused == "sum":
-        return _mp_conv2d_sum(x, kernel, other, t, clip, keep, _CHOOSE)
-    y = _mp_conv2d(x, kernel, None, _CHOOSE)
+        return _mp_conv2d_sum(x, kernel, other, t, clip, keep, plan)
+    y = _mp_conv2d(x, kernel, None, plan)
     return y, y
+
+
+def gradient_of_input(grad: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
+    """From the gradient of y; of x only shape and dtype matter."""
+    plan = conv_choice.choice(_problem(1, grad, kernel))
+    return _torchs_gradient(grad, x, kernel, 0) if plan is None else _mp_conv2d_backward_input(grad, kernel, plan)
+
+
+def gradient_of_weight(grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    """From the gradient of y, in float32; of the kernel only the shape matters."""
+    plan = conv_choice.choice(_problem(2, x, kernel))
+    if plan is None:
+        return _torchs_gradient(grad, x, kernel, 1).float()
+    return _mp_conv2d_backward_weight(grad, x, *kernel.shape[2:], plan)
+
+
+def _torchs_gradient(grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:
+    """Of x (0) or the kernel (1), by torch's convolution in x's dtype."""
+    padding, ones = [kernel.shape[2] // 2, kernel.shape[3] // 2], [1, 1]
+    mask = [which == 0, which == 1, False]
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    options = (None, ones, padding, ones, False, [0, 0], 1, mask)
+    return torch.ops.aten.convolution_backward(grad, x, kernel, *options)[which]
 
 
 class _Convolution(torch.autograd.Function):
@@ -284,12 +327,12 @@ class _Convolution(torch.autograd.Function):
         other: Tensor | None,
         kernel: Tensor,
         gradients: Gradients,
-        fused: str | None,
+        fused: str,
         t: float,
         clip: float,
     ) -> Tensor:
         keep = fused == "silu" or (fused == "sum" and clip < math.inf)
-        out, y = _forward(x, kernel, other, fused, t, clip, keep)
+        out, y = convolve_forward(x, kernel, other, fused, t, clip, keep)
         ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None, other, y if keep else None)
         ctx.gain = None if isinstance(gain, Tensor) else float(gain)
         ctx.gradients, ctx.fused, ctx.t, ctx.clip = gradients, fused, t, clip
@@ -308,10 +351,10 @@ class _Convolution(torch.autograd.Function):
         elif ctx.fused == "sum":
             inputs = (grad, grad) if y is None else (other, y)  # only looked at where there is clamping
             grad_other, grad = _mp_sum_backward(grad, *inputs, ctx.t, ctx.clip)
-        grad_x = _mp_conv2d_backward_input(grad, kernel, _CHOOSE) if needs_x else None
+        grad_x = gradient_of_input(grad, kernel, x) if needs_x else None
         if not needs_w and not needs_gain:
             return grad_x, None, None, grad_other, *nothing
-        grad_w = _mp_conv2d_backward_weight(grad, x, *kernel.shape[2:], _CHOOSE)
+        grad_w = gradient_of_weight(grad, x, kernel)
         if ctx.gradients == "effective":
             grad_w = grad_w.to(w.dtype, memory_format=memory_format(w))
             return grad_x, grad_w, None, grad_other, *nothing

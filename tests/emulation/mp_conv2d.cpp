@@ -64,6 +64,37 @@ int64_t pack_address(int64_t row, int64_t pack, int64_t packs) {
   return swizzled(static_cast<int>(row), static_cast<int>(pack), static_cast<int>(packs));
 }
 
+/// What the blocks of a Hopper GPU work on with tile 0 or 1: six numbers for each piece of work (first row, first and
+/// last column, split, first step, steps). Returns how many pieces there are.
+int64_t wgmma_works(int64_t direction_, const int64_t* sizes, int64_t tile, int64_t splits, int64_t* works) {
+  const auto direction = static_cast<ConvDirection>(direction_);
+  const ConvShape shape = shape_of(sizes);
+  const ConvWgmmaTile size = conv_wgmma_tile(direction, static_cast<int>(tile));
+  const ConvProduct product = conv_product(direction, shape, kConvWgmmaDepth);
+  const int64_t of_tap = direction == ConvDirection::kBackwardWeight ? shape.in : product.columns;
+  const int64_t column_tiles = product.columns / of_tap * conv_ceil_div(of_tap, size.columns);
+  const int64_t row_pairs = conv_ceil_div(conv_ceil_div(product.rows, size.rows), kConvWgmmaBlocks);
+  const int64_t pieces = conv_wgmma_works(direction, shape, static_cast<int>(tile)) * splits;
+  for (int64_t i = 0; i < pieces * kConvWgmmaBlocks; ++i) {
+    const WgmmaWork work = wgmma_work(static_cast<int>(i / kConvWgmmaBlocks), static_cast<int>(i % kConvWgmmaBlocks),
+                                      kConvWgmmaBlocks, static_cast<int>(column_tiles), static_cast<int>(row_pairs),
+                                      static_cast<int>(product.steps), static_cast<int>(splits));
+    const WgmmaColumns columns = wgmma_columns(work.column_tile, size.columns, static_cast<int>(of_tap));
+    const int64_t numbers[] = {
+        int64_t{work.row_tile} * size.rows, columns.first, columns.last, work.split, work.first, work.count};
+    std::copy(std::begin(numbers), std::end(numbers), works + 6 * i);
+  }
+  return pieces * kConvWgmmaBlocks;
+}
+
+/// Rows (which: 0), columns (1), stages (2) of a tile for Hopper, and bytes of its stages and of what stores it (3).
+int64_t wgmma_tile_size(int64_t direction, int64_t tile, int64_t which) {
+  const ConvWgmmaTile of = conv_wgmma_tile(static_cast<ConvDirection>(direction), static_cast<int>(tile));
+  const int bytes = of.stages * (of.rows + of.columns) * kConvWgmmaDepth * 2 + 8 * 16 * kConvWgmmaPadded * 4;
+  const int sizes[] = {of.rows, of.columns, of.stages, bytes};
+  return sizes[which];
+}
+
 int64_t bank_conflicts() { return emulation::bank_counts.conflicts; }
 int64_t bank_reads() { return emulation::bank_counts.reads; }
 }

@@ -293,6 +293,45 @@ def test_packs_lie_apart_and_fill_the_tile(library: Library, packs: int):
         assert len({place // 16 % 8 for place in together}) == 8  # written together
 
 
+# ---- how Hopper's kernels share out their work; the rest of them cannot be emulated ----
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT])
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("case", [Case(2, 17, 19, 200, 392), Case(1, 8, 8, 64, 192, 1, 1), Case(9, 7, 5, 8, 520)])
+def test_blocks_on_hopper_do_everything_once(library: Library, case: Case, tile: int, direction: int):
+    n, h, w, c, k, r, s = case
+    rows, columns = ((n * h * w, k), (n * h * w, c), (k, r * s * c))[direction]
+    deep = (r * s * -(-c // 64), r * s * -(-k // 64), -(-n * h * w // 64))[direction]
+    height, width, stages, shared = (library.int64("wgmma_tile_size", direction, tile, i) for i in range(4))
+    assert stages >= 3
+    assert shared <= 227 * 1024 - 1024
+    for splits in {1, min(3, deep), deep}:
+        works = (ctypes.c_int64 * 100_000)()
+        count = library.int64("wgmma_works", direction, case.sizes, tile, splits, works)
+        done: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for i in range(count):
+            row, first, last, split, step, steps_done = works[6 * i : 6 * i + 6]
+            assert row % height == 0
+            assert 0 < last - first <= width
+            assert last <= columns
+            assert steps_done > 0
+            if direction == BACKWARD_WEIGHT:
+                assert first // c == (last - 1) // c  # within a tap
+            done.setdefault((row, first), []).append((split, step, steps_done))
+        starts = {row for row, _ in done}
+        assert starts >= set(range(0, rows, height))
+        assert len(starts) <= -(-rows // height) + 1
+        for row in starts:
+            edges = sorted(first for of, first in done if of == row)
+            assert edges[0] == 0
+            assert len(edges) == (r * s * -(-c // width) if direction == 2 else -(-columns // width))
+        for parts in done.values():
+            assert [split for split, _, _ in parts] == list(range(splits))
+            assert [step for _, step, _ in parts] == [sum(n for _, _, n in parts[:i]) for i in range(splits)]
+            assert sum(steps_done for _, _, steps_done in parts) == deep
+
+
 # ---- plans and refusals ----
 
 

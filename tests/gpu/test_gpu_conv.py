@@ -1,6 +1,7 @@
 """The convolution kernels on a GPU: every tile and direction, exactly and against float64; what follows; graphs."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import edm2ext
-from edm2ext import ops, reference
+from edm2ext import ops, reference, tune
 from edm2ext.nn import MPConv
+from edm2ext.ops import conv_choice
+from edm2ext.ops.conv_choice import Problem
 
 pytestmark = pytest.mark.gpu
 if not (edm2ext.build_info()["cuda"] and torch.cuda.is_available()):
@@ -18,7 +21,9 @@ if not torch._C._dispatch_has_kernel_for_dispatch_key("edm2::mp_conv2d", "CUDA")
     pytest.skip("built without EDM2EXT_CONV", allow_module_level=True)
 
 NATIVE = torch.ops.edm2
-TILES = range(4)
+PORTABLE = 4
+SMALL = Problem(0, 2, 8, 8, 64, 64, 3, 3, torch.float16)
+TILES = sorted({tile for tile, _ in tune.plans(SMALL, 1, tune.gpu_at_hand().wgmma)})  # Hopper's own among them
 # Batch, channels in and out, height, width, filter size.
 SHAPES = [
     (2, 192, 192, 64, 64, 3),
@@ -70,7 +75,8 @@ def plain(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
 def test_whole_numbers_exactly(shape: tuple[int, ...], tile: int):
     inputs = operands(shape, torch.float16, whole=True)
     expected = plain(*(t.double() for t in inputs))
-    steps = -(-shape[0] * shape[3] * shape[4] // 32)
+    depth = 32 if tile < PORTABLE else 64
+    steps = min(-(-shape[0] * shape[3] * shape[4] // depth), shape[5] ** 2 * -(-min(shape[1:3]) // depth))
     for splits in {1, min(3, steps)}:
         for got, truth in zip(run(*inputs, [tile, splits]), expected, strict=True):
             exact = truth.abs() <= (2**24 if got.dtype == torch.float32 else 2048)  # beyond, float16 rounds
@@ -124,3 +130,21 @@ def test_layer_in_a_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, eager)
+
+
+def test_tuned_choices_are_taken_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    x, w, _ = operands((2, 64, 64, 8, 8, 3), torch.float16)
+    conv_choice.forget()
+    times = tune.tune([SMALL])
+    assert set(times[SMALL]) == {tune.name_of(choice) for choice in tune.offers(SMALL, tune.gpu_at_hand())}
+    eager = ops.mp_conv2d(x, w, prepared=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.mp_conv2d(x, w, prepared=True)
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            tune.tune([SMALL._replace(batch=3)])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, eager)
+    conv_choice.forget()

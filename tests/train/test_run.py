@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import click.testing
 import PIL.Image
 import pytest
+import torch
 
 from python_train import demo, loop, run
 from python_train.config import PRESETS
+from python_train.trainer import fastest_precision
 
 SHORT = (
     "--channels 8 --blocks 1 --channel-mult 1 --batch 64 --duration 1Ki --snapshot 1Ki --checkpoint 1Ki --status 1Ki"
@@ -188,3 +191,19 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("--device", "cpu")
     assert result.exit_code == 1
     assert "the same command continues from the latest training state" in result.output
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, "fp32"),
+        ({"avx2": True, "avx512_bf16": False}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+    ],
+)
+def test_precision_auto(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    result = invoke("-n", "--device", "cpu", "--precision", "auto")
+    assert re.search(rf"^precision +{expected}$", result.output, re.MULTILINE), result.output
+    assert fastest_precision(torch.device("cuda:1")) == "fp16"

@@ -31,7 +31,7 @@ enum class ConvDirection : int32_t { kForward, kBackwardInput, kBackwardWeight }
 
 /// How the matrix product that a convolution amounts to is shared out (mp_conv2d_plan.h).
 struct ConvPlan {
-  int tile;    // index into kConvTiles
+  int tile;    // index into kConvTiles; from kConvTileCount on, a tile for Hopper
   int splits;  // parts of the sum, added in order by a second kernel if there are several
 };
 
@@ -85,6 +85,8 @@ struct MPConv2dBackwardWeightParams {
 namespace cuda {
 /// The plan for the current GPU, or for meta tensors that of an H100. Returns a cudaError_t.
 int plan_mp_conv2d(ConvDirection direction, const ConvShape& shape, bool meta, ConvPlan* plan);
+/// Tiles there are kernels for: those for Hopper are left out of some builds.
+int conv_tile_count();
 /// Launches return a cudaError_t. Results do not depend on the order in which blocks run.
 int launch_mp_conv2d(const MPConv2dParams& params, CUstream_st* stream);
 int launch_mp_conv2d_backward_input(const MPConv2dBackwardInputParams& params, CUstream_st* stream);

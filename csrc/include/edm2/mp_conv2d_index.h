@@ -79,4 +79,39 @@ EDM2_FORMULA int swizzled(int row, int pack, int packs) {
   return (row * packs + (pack ^ (packs >= 8 ? row % 8 : row / 2 % 4))) * 16;
 }
 
+/// On Hopper: a tile of the product and the part of its sum that a block works on next.
+struct WgmmaWork {
+  int row_tile;
+  int column_tile;
+  int split;
+  int first;  // of `count` steps
+  int count;
+};
+
+/// The index-th work of all, for block `rank` of `blocks` in its cluster, whose tiles lie one below the other; there
+/// are column_tiles * row_pairs tiles for a cluster. Neighbours share rows.
+EDM2_FORMULA WgmmaWork wgmma_work(int index, int rank, int blocks, int column_tiles, int row_pairs, int steps,
+                                  int splits) {
+  const int tiles = column_tiles * row_pairs;
+  const int split = index / tiles;
+  const auto first = static_cast<int>(int64_t{steps} * split / splits);
+  const auto last = static_cast<int>(int64_t{steps} * (split + 1) / splits);
+  return {index % tiles / column_tiles * blocks + rank, index % tiles % column_tiles, split, first, last - first};
+}
+
+/// Columns [first, last) of the product.
+struct WgmmaColumns {
+  int first;
+  int last;
+};
+
+/// Those of a column of tiles. Tiles of the weight's gradient keep to one tap, whose `of_tap` columns are its channels;
+/// for others, of_tap are all.
+EDM2_FORMULA WgmmaColumns wgmma_columns(int column_tile, int tile_columns, int of_tap) {
+  const int tiles = (of_tap + tile_columns - 1) / tile_columns;
+  const int begin = column_tile / tiles * of_tap;
+  const int first = begin + column_tile % tiles * tile_columns;
+  return {first, first + tile_columns < begin + of_tap ? first + tile_columns : begin + of_tap};
+}
+
 }  // namespace edm2
