@@ -60,7 +60,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, nimg: int, act: Callable[[], None])
     monkeypatch.setattr(Trainer, "step", acting)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
