@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | setup | bench | bench-cpp | arches | clean        (PYTHON=python3.12 make setup: another interpreter)
+# make demo | test | test-slow | soak | lint | setup | bench | bench-cpp | arches | clean        (PYTHON=python3.12 make setup: another interpreter)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml requirements.txt $(shell find cs
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow lint bench bench-cpp arches clean
+.PHONY: setup demo test test-slow soak lint bench bench-cpp arches clean
 
 setup: $(STAMP)
 	@$(BIN)/python -m edm2ext
@@ -29,6 +29,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) tests -m slow
+
+# Two hours of training in which nothing may grow.
+soak: setup
+	EDM2EXT_SOAK_SECONDS=7200 $(PYTEST) tests/train/test_soak.py -m slow
 
 lint: setup
 	$(BIN)/ruff check .

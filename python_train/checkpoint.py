@@ -1,7 +1,8 @@
 """Files of a run: snapshots for use (safetensors), training states for resuming (torch zip), both written whole.
 
-A snapshot holds one averaged network in float16 with a JSON header under the metadata key ``edm2`` (spec 5.3);
-a training state holds everything that the next iteration depends on (spec 9.6) and loads with ``weights_only=True``.
+A snapshot holds one averaged network in float16 with a JSON header under the metadata key ``edm2`` (spec 5.3) and a
+checksum of the whole file; a training state holds everything that the next iteration depends on (spec 9.6), with a
+checksum of each record, and loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from edm2ext.phema import checksum
 from python_train import UserError, official
 from python_train.network import Precond
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: snapshots had no checksum, training states no run and no loss scale
 HEADER_KEYS = ("format_version", "config", "nimg", "sigma_rel", "ema_kind", "dataset", "encoder")
 _STATE_NAME = re.compile(r"training-state-(\d{7,})\.(pt|dcp)")
+
+_UNREADABLE = (
+    zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError,
+)  # fmt: skip
+
+
+class DamagedError(UserError):
+    """A file is truncated, or its content is not what was written."""
 
 
 @contextlib.contextmanager
@@ -84,7 +94,6 @@ def save_snapshot(
     ``ema_kind`` is ``"power"`` (tracked in training) or ``"phema"`` (reconstructed); ``extra`` adds header keys.
     """
     header = {
-        "format_version": FORMAT_VERSION,
         "config": net.config,
         "nimg": nimg,
         "sigma_rel": sigma_rel,
@@ -97,10 +106,7 @@ def save_snapshot(
     if parameters is not None:
         names = [name for name, _ in net.named_parameters()]
         state.update(zip(names, parameters, strict=True))
-    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
-    blob = safetensors.torch.save(tensors, metadata={"edm2": json.dumps(header)})
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(blob)
+    stream_snapshot(path, header, {name: value.shape for name, value in state.items()}, state.values())
 
 
 def stream_snapshot(
@@ -108,10 +114,10 @@ def stream_snapshot(
 ) -> None:
     """Write a snapshot of float16 tensors that are made one after another, holding one of them at a time.
 
-    ``values`` come in the order of ``shapes`` and are converted to float16. The file is what :func:`save_snapshot`
-    would write, up to the order of the tensors in it.
+    ``values`` come in the order of ``shapes`` and are converted to float16.
     """
-    layout: dict[str, Any] = {"__metadata__": {"edm2": json.dumps(header)}}
+    header = {**header, "format_version": FORMAT_VERSION}
+    layout: dict[str, Any] = {"__metadata__": {"edm2": json.dumps(header), checksum.KEY: checksum.NONE_YET}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * torch.float16.itemsize
@@ -119,15 +125,17 @@ def stream_snapshot(
     text = json.dumps(layout).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        sealed = checksum.SealedWriter(file, len(text).to_bytes(8, "little") + text)
         for shape, value in zip(shapes.values(), values, strict=True):
             if tuple(value.shape) != tuple(shape):
                 raise ValueError(f"stream_snapshot: expected a tensor of shape {list(shape)}, got {list(value.shape)}")
-            file.write(value.detach().to("cpu", torch.float16).contiguous().flatten().numpy())
+            sealed.write(memoryview(value.detach().to("cpu", torch.float16).contiguous().flatten().numpy()))
+        sealed.seal()
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON header of a snapshot. Raises UserError naming the file if it is missing, damaged or something else.
+    """The JSON header of a snapshot. Raises UserError naming the file if it is missing, damaged or something else. The
+    checksum is compared by :func:`read_tensors` only.
 
     Pickles of the EDM2 reference program are read too (:mod:`python_train.official`).
     """
@@ -140,7 +148,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+        raise DamagedError(f"{path} is damaged or not a safetensors file ({error})") from error
     try:
         header = json.loads(metadata["edm2"])
     except (KeyError, ValueError) as error:
@@ -148,19 +156,35 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [key for key in HEADER_KEYS if key not in header]
     if missing:
         raise UserError(f"{path}: the snapshot header lacks {', '.join(missing)}")
-    if header["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{path} has format version {header['format_version']}; this program reads {FORMAT_VERSION}")
+    require_known(path, header["format_version"])
     return header
 
 
+def require_known(path: Path, version: Any) -> None:
+    """Raise UserError unless this program reads files of this format version."""
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise UserError(f"{path} has format version {version}; this program reads 1 to {FORMAT_VERSION}")
+
+
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a snapshot as they are stored, on the CPU. Raises UserError if the file is damaged."""
+    """All tensors of a snapshot as they are stored, on the CPU. Raises UserError if any bit of the file has changed
+    since it was written (files of format 1 have no checksum: there it shows only where the layout is wrong)."""
+    path = Path(path)
     if official.is_official(path):
         return {name: tensor.read() for name, tensor in official.read_snapshot(path).tensors.items()}
+    header = read_header(path)
     try:
+        require_intact(path, header["format_version"])
         return safetensors.torch.load_file(path, device="cpu")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+        raise DamagedError(f"{path} is damaged ({error})") from error
+
+
+def require_intact(path: Path, version: int) -> None:
+    """Raise DamagedError if a bit of a snapshot of this format version has changed. Reads all of it."""
+    intact = checksum.is_intact(path)
+    if intact is False or (intact is None and version > 1):
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum")
 
 
 def load_snapshot(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[Precond, dict[str, Any]]:
@@ -176,7 +200,7 @@ def load_snapshot(path: str | os.PathLike[str], device: str | torch.device = "cp
         state = {name: value.to(device, torch.float32) for name, value in tensors.items()}
         net.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the snapshot is damaged or does not fit its configuration ({error})") from error
+        raise DamagedError(f"{path}: the snapshot is damaged or does not fit its configuration ({error})") from error
     return net.eval().requires_grad_(False), header
 
 
@@ -221,17 +245,28 @@ def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a training state on the CPU. Raises UserError if the file is truncated or any byte of it has changed."""
+    """Load a training state on the CPU. Raises DamagedError if the file is truncated or something of it has changed,
+    and UserError, naming the version, if it is of a format that this program does not know."""
+    path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not compare the stored checksums
         if damaged is not None:
-            raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
+            raise DamagedError(f"{path} is damaged: {damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged ({error})") from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} is not a training state of this program's format {FORMAT_VERSION}")
+        raise DamagedError(f"{path} is damaged ({error})") from error
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise DamagedError(f"{path} is not a training state of this program")
+    require_known(path, state["format_version"])
     return state
+
+
+def state_facts(path: Path) -> tuple[str, int] | None:
+    """(run, nimg) of a training state, whose tensors are not read. None if it does not tell."""
+    with contextlib.suppress(*_UNREADABLE):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state["run"], state["nimg"]
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 from edm2ext.phema import STORAGES
 from python_train import UserError
@@ -47,6 +47,9 @@ class TrainOptions:
     ``rampup`` is in images (0 = none). Intervals of 0 are off. ``batch_gpu`` None means the whole batch at once.
     ``sample`` is the interval of sample grids, for which ``vae`` decodes latents; ``metric_images`` images are compared
     with the data then (0 = none). ``wandb`` names a project.
+    ``loss_scaling`` multiplies the loss and is divided out of the gradients again; "dynamic" adapts it to them.
+    ``init_from`` names the snapshot whose weights a new run starts from; with ``reinit`` layers that do not fit it
+    start anew. Of the training states, the last ``keep`` are kept (0 = all), and those at multiples of ``keep_every``.
     """
 
     data: str = "digits"
@@ -67,9 +70,11 @@ class TrainOptions:
     decay: float = 70000
     rampup: int = 10_000_000
     precision: str = "fp16"
-    loss_scaling: float = 1.0
+    loss_scaling: float | Literal["dynamic"] = 1.0
     force_normalize: str = "forward"
     sigma_rels: tuple[float, ...] = (0.050, 0.100)
+    init_from: str | None = None
+    reinit: bool = False
     seed: int = 0
     status: int = 128 * 2**10
     snapshot: int = 8 * 2**20
@@ -83,6 +88,8 @@ class TrainOptions:
     parallel: str = "ddp"
     recompute: bool = False
     cuda_graph: bool = False
+    keep: int = 3
+    keep_every: int = 0
 
     def network_config(self, resolution: int, channels: int, label_dim: int) -> dict[str, Any]:
         """Constructor arguments of :class:`python_train.network.Precond` for the given data."""
@@ -135,6 +142,16 @@ class TrainOptions:
             )
         if self.snapshot_storage not in STORAGES:
             raise UserError(f"snapshot_storage must be one of {', '.join(STORAGES)}, got {self.snapshot_storage!r}")
+        if self.loss_scaling != "dynamic" and not 1 <= self.loss_scaling <= 2**24:
+            raise UserError(f"loss_scaling must be 'dynamic' or between 1 and 2^24, got {self.loss_scaling}")
+        if self.loss_scaling == "dynamic" and self.parallel == "fsdp":
+            raise UserError("loss_scaling dynamic does not go with parallel fsdp: each process sees its own gradients")
+        if self.reinit and self.init_from is None:
+            raise UserError("reinit is about the layers that do not fit the snapshot of init_from, which is not given")
+        if self.keep < 0:
+            raise UserError(f"keep must not be negative, got {self.keep}")
+        if self.keep_every and (not self.checkpoint or self.keep_every % self.checkpoint):
+            raise UserError(f"keep_every {self.keep_every} is not a multiple of checkpoint {self.checkpoint}")
         self.rounds(world_size)
         for name in ("metric_images", "vae"):
             if getattr(self, name) and not self.sample:
@@ -213,8 +230,9 @@ def make_options(preset: str | None = None, **overrides: Any) -> TrainOptions:
 # A run may be continued for longer, reported more often or on another device without becoming another run.
 FREE_TO_CHANGE = frozenset(
     {"duration", "slice", "status", "snapshot", "snapshot_storage", "checkpoint", "parallel", "recompute", "cuda_graph"}
-    | {"sample", "metric_images", "vae", "tensorboard", "wandb"}
+    | {"sample", "metric_images", "vae", "tensorboard", "wandb", "keep", "keep_every"}
 )
+_NOT_OPTIONS = frozenset({"format_version", "run"})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -224,6 +242,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
-        elif before != after and key not in FREE_TO_CHANGE:
+        elif before != after and key not in FREE_TO_CHANGE | _NOT_OPTIONS:
             lines.append(f"{prefix}{key}: {before} -> {after}")
     return lines

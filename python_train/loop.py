@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import tqdm
+from torch import Tensor
 
 from edm2ext import tune
-from python_train import UserError, checkpoint, data, graph, plan, rng, sharded_state
+from python_train import UserError, checkpoint, data, graph, initial, plan, rng, sharded_state
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.reporter import Reporter
 from python_train.run_dir import RunDir
-from python_train.snapshot_storage import save_tracked
+from python_train.saving import Saver
 from python_train.stop import Stopped, StopRequest
 from python_train.trainer import Trainer
 from python_train.world import World
@@ -84,16 +87,27 @@ def train(
     net = build_network(options, dataset.resolution, channels, dataset.label_dim)
     dataset.require_divisible(net.unet.stride)
     stop_point(options, 0)
+    notes = _start_from(options, net, Path(outdir))
     dataset.preload(progress and world.rank == 0)
     run = None
     if world.rank == 0:  # from here on files are written
         run = RunDir(Path(outdir), describe(options, dataset, encoder, net, world), override)
     try:
+        for note in notes if run is not None else ():
+            run.log(note)
         with StopRequest(world) as request:
             return _train(options, world, dataset, encoder, net, run, request, progress)
     finally:
         if run is not None:
             run.close()
+
+
+def _start_from(options: TrainOptions, net: Precond, outdir: Path) -> list[str]:
+    """Give the network of a new run the weights of ``options.init_from``; returns what to say about it."""
+    resumes = outdir.is_dir() and checkpoint.list_states(outdir)
+    if options.init_from is None or resumes:
+        return []
+    return initial.load_weights(net, Path(options.init_from), options.reinit)
 
 
 def _train(
@@ -110,6 +124,9 @@ def _train(
     elapsed = _resume(trainer, run, world)
     first, stop = trainer.nimg, stop_point(options, trainer.nimg)
     if run is not None:
+        if run.changed:
+            run.log(f"options have changed, so the run will not be, bit for bit, what either would have made of it: "
+                    f"{'; '.join(run.changed)}")  # fmt: skip
         run.write_options()
         run.trim_stats(first)
         run.log(f"training from {first:,} to {stop:,} images" if first < stop else f"complete at {first:,} images")
@@ -125,6 +142,7 @@ def _train(
     step = graph.stepper(trainer)
     if run is not None and options.cuda_graph and trainer.shards is not None:
         run.log("FSDP runs eagerly: no CUDA graph is captured")
+    saver = Saver(trainer, run, dataset.facts(), encoder.facts())
     bar = tqdm.tqdm(
         total=stop,
         initial=first,
@@ -134,31 +152,47 @@ def _train(
         disable=not progress or world.rank > 0,
         mininterval=0.1 if sys.stderr.isatty() else 5.0,  # in a file each refresh is a line
     )
-    with bar, contextlib.closing(report):
+    with bar, contextlib.closing(report), contextlib.closing(saver):
         while True:
             nimg = trainer.nimg
+            drawn = _draw(batches, trainer.rounds, request) if nimg < stop else []
             done, resumed_here = nimg >= stop, nimg == first and first > 0
             draw = _due(nimg, options.sample, done) and not resumed_here
             if draw or (_due(nimg, options.status, done) and not resumed_here):
                 loss = report.status(draw)
                 if math.isfinite(loss):
                     bar.set_postfix(loss=f"{loss:.4f}")
-            if _due(nimg, options.snapshot) and not resumed_here:
-                _save_snapshots(trainer, run, dataset, encoder)
             asked = not done and request.agreed()
-            if (asked or _due(nimg, options.checkpoint, done)) and nimg != first:
+            state_due = (asked or _due(nimg, options.checkpoint, done)) and nimg != first
+            if state_due:
                 world.check_equal(net)
-                _save_state(trainer, run, world, report.elapsed())
+            saver.save(_due(nimg, options.snapshot) and not resumed_here, state_due, report.elapsed())
+            if done or asked:
+                saver.wait()
             if done:
                 return nimg
             if asked:
-                raise Stopped(
-                    f"asked to stop ({request.signal or 'another process'}): {nimg:,} images are done and saved"
-                )
+                _stop(request, nimg)
             report.stop_maintenance()
-            step(batches)
+            step(iter(drawn))
             report.start_maintenance()
             bar.update(options.batch)
+
+
+def _draw(batches: Iterator[tuple[Tensor, Tensor]], rounds: int, request: StopRequest) -> list[tuple[Tensor, Tensor]]:
+    """What the next step needs, before it begins: where data cannot be read, the state before the step can be saved."""
+    try:
+        return list(itertools.islice(batches, rounds))
+    except (UserError, OSError, RuntimeError) as error:
+        request.error = error
+        return []
+
+
+def _stop(request: StopRequest, nimg: int) -> NoReturn:
+    """End a run whose state is saved."""
+    if request.error is not None:
+        raise UserError(f"{request.error}\nThe run stops at {nimg:,} images; they are saved.") from request.error
+    raise Stopped(f"asked to stop ({request.signal or 'another process'}): {nimg:,} images are done and saved")
 
 
 def _due(nimg: int, interval: int, done: bool = False) -> bool:
@@ -179,32 +213,3 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the training state does not fit this network ({error}); choose another --outdir") from error
     return state[0]["elapsed"]
-
-
-def _save_snapshots(trainer: Trainer, run: RunDir | None, dataset: data.Dataset, encoder: data.Encoder) -> None:
-    """One file for each tracked average (spec 5.3)."""
-    for sigma_rel, profile in zip(trainer.ema.sigma_rels, trainer.ema.profiles, strict=True):
-        parameters = trainer.whole(profile)
-        if run is not None:
-            save_tracked(
-                run.path / checkpoint.snapshot_name(trainer.nimg, sigma_rel),
-                trainer.net,
-                trainer.options.snapshot_storage,
-                nimg=trainer.nimg,
-                sigma_rel=sigma_rel,
-                dataset=dataset.facts(),
-                encoder=encoder.facts(),
-                parameters=parameters,
-            )
-
-
-def _save_state(trainer: Trainer, run: RunDir | None, world: World, elapsed: float) -> None:
-    if trainer.shards is not None:
-        path = [None if run is None else run.path / checkpoint.state_name(trainer.nimg, sharded=True)]
-        torch.distributed.broadcast_object_list(path, src=0)
-        sharded_state.save(path[0], trainer, elapsed)
-    elif run is not None:
-        state = {"format_version": checkpoint.FORMAT_VERSION, "elapsed": elapsed, **trainer.state_dict()}
-        checkpoint.save_state(run.path / checkpoint.state_name(trainer.nimg), state)
-    if run is not None:
-        run.drop_old_states()

@@ -31,9 +31,10 @@ class EDM2Loss:
         return self.at(net, images, labels, *self._draw(images))
 
     def backward(
-        self, net: Callable[..., tuple[Tensor, Tensor]], images: Tensor, labels: Tensor | None, scale: float
+        self, net: Callable[..., tuple[Tensor, Tensor]], images: Tensor, labels: Tensor | None, scale: float | Tensor
     ) -> Tensor:
-        """Add the gradient of ``scale`` * sum(loss map) to the parameters; returns the map's mean, 0-dim.
+        """Add the gradient of ``scale`` * sum(loss map) to the parameters; returns the map's mean, 0-dim. A scale that
+        changes from step to step is a 0-dim float32 tensor on the images' device.
 
         ``net`` returns F and u (`Precond.raw`): the denoised image and the map are never stored. Draws like a call.
         """
@@ -67,12 +68,16 @@ class EDM2Loss:
         labels: Tensor | None,
         sigma: Tensor,
         noise: Tensor,
-        scale: float,
+        scale: float | Tensor,
     ) -> Tensor:
         """:meth:`backward` at given noise levels sigma [N, 1, 1, 1] and standard normal noise [N, C, H, W]."""
         noisy = images + noise * sigma
         F_x, logvar = net(noisy, sigma, labels)
-        loss, *gradients = ops.denoising_loss(F_x, noisy, images, sigma, logvar, self.sigma_data, scale)
+        on_device = isinstance(scale, Tensor)
+        factor = 1.0 if on_device else scale
+        loss, *gradients = ops.denoising_loss(F_x, noisy, images, sigma, logvar, self.sigma_data, factor)
         mean = loss.sum() / images.numel()
+        if on_device:  # in float32: 2^16 is beyond float16
+            gradients = [(gradient.float() * scale).to(gradient.dtype) for gradient in gradients]
         torch.autograd.backward([F_x, logvar], gradients)
         return mean

@@ -254,11 +254,14 @@ def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
     )
 
 
-def describe_disk(options: TrainOptions, parameters: int, states_kept: int) -> str:
+def describe_disk(options: TrainOptions, parameters: int) -> str:
     """Disk that the run's snapshots and training states will take."""
     profiles = len(options.sigma_rels)
     snapshots = options.duration // options.snapshot + 1 if options.snapshot else 0
-    states = min(states_kept, options.duration // options.checkpoint) if options.checkpoint else 0
+    made = options.duration // options.checkpoint if options.checkpoint else 0
+    states = min(options.keep or made, made)
+    if options.keep_every:
+        states += (options.duration - states * options.checkpoint) // options.keep_every
     widths = " and ".join(f"{sigma_rel:g}" for sigma_rel in options.sigma_rels)
     return (
         f"{snapshots:,} snapshots of {profiles} averages (sigma_rel {widths}), "

@@ -15,7 +15,6 @@ import edm2ext
 from edm2ext.phema import STORAGES, parse_sigma_rel_list
 from python_train import UserError, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
-from python_train.run_dir import STATES_KEPT
 from python_train.stop import EXIT_STOPPED, Stopped
 from python_train.trainer import fastest_precision
 from python_train.world import World, open_world
@@ -36,6 +35,13 @@ class _Integers(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         return value if isinstance(value, tuple) else _converted(self, config.parse_ints, value, param, ctx)
+
+
+class _LossScaling(click.ParamType):
+    name = "FACTOR|dynamic"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        return value if value == "dynamic" else click.FLOAT.convert(value, param, ctx)
 
 
 class _Widths(click.ParamType):
@@ -62,8 +68,11 @@ Examples:
 
 IMAGES are integers, optionally with Ki, Mi or Gi (1024, 1024^2, 1024^3). Running a command again continues its
 run from the latest training state, with the same numbers as if it had not stopped. The duration, the slice and
-the intervals may be changed freely then; anything else is refused with the differences listed, unless --override.
-SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75.
+the intervals may be changed freely then, and what is kept; anything else is refused with the differences listed,
+unless --override. That takes another --batch-gpu or number of processes as well: the mathematics is the same, the
+random numbers are not, so the run will not be bit for bit what it would have been.
+SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75. It
+is 1 after an error, also of the data: what was done up to there is saved.
 """
 
 
@@ -97,7 +106,8 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 @click.option("--precision", type=click.Choice((*PRECISIONS, AUTO)), help="Arithmetic of the network's main path; "
               "fp16 means fp32 on a CPU; auto: fp16 on a GPU, bf16 on a CPU that multiplies it, else fp32. "
               "[fp16]")  # fmt: skip
-@click.option("--loss-scaling", type=float, help="Constant factor on the loss. [1]")
+@click.option("--loss-scaling", type=_LossScaling(), help="Factor on the loss that keeps small gradients from "
+              "vanishing in fp16 and is divided out again; dynamic: as large as they allow. [1]")  # fmt: skip
 @click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude "
               "before every forward pass, as published, or within the optimizer's step. [forward]")  # fmt: skip
 @click.option("--parallel", type=click.Choice(PARALLEL), help="Between processes: every one holds the whole network, "
@@ -106,6 +116,9 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
               "backward pass, which computes the rest again: less memory, more time, the same numbers.")  # fmt: skip
 @click.option("--cuda-graph", is_flag=True, default=None, help="Replay the step from a CUDA graph; fsdp runs "
               "eagerly.")  # fmt: skip
+@click.option("--init-from", help="Start a new run from the weights of this snapshot, of this program or a published "
+              "one (.pkl). What does not fit is listed and refused.")  # fmt: skip
+@click.option("--reinit", is_flag=True, default=None, help="With --init-from: layers that do not fit start anew.")
 @click.option("--seed", type=int, help="Seed of everything random. [0]")
 @click.option("--status", type=_ImageCount(), help="Interval of status lines and statistics; 0 = off. [128Ki]")
 @click.option("--snapshot", type=_ImageCount(), help="Interval of network snapshots; 0 = off. [8Mi]")
@@ -114,6 +127,8 @@ SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state
 @click.option("--sigma-rels", type=_Widths(), help="EMA lengths to track and store; python -m python_train.reconstruct "
               "plan helps to choose. [0.05,0.1]")  # fmt: skip
 @click.option("--checkpoint", type=_ImageCount(), help="Interval of training states; 0 = off. [128Mi]")
+@click.option("--keep", type=click.IntRange(min=0), help="Keep so many training states, the last ones; 0 = all. [3]")
+@click.option("--keep-every", type=_ImageCount(), help="Keep the training states at multiples of this too. [off]")
 @click.option("--sample", type=_ImageCount(), help="Interval of sample grids, one for each EMA length, the same seeds "
               "every time; 0 = off. [off]")  # fmt: skip
 @click.option("--metric-images", type=click.IntRange(min=0), help="With --sample: compare so many images with the data "
@@ -240,7 +255,7 @@ def _print_settings(
         "precision": options.precision if computed == options.precision else f"{options.precision} (here: {computed})",
         "seed": str(options.seed),
         "files": f"{outdir}: {every}",
-        "disk": plan.describe_disk(options, parameters, STATES_KEPT),
+        "disk": plan.describe_disk(options, parameters),
         "device": _device_text(world.device),
         "torch": f"{torch.__version__}; ops: {ops}",
     }.items():

@@ -3,6 +3,7 @@ processes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from python_train import UserError
+from python_train.checkpoint import DamagedError
 
 if TYPE_CHECKING:
     from python_train.trainer import Trainer
 
 _CHECKSUMS = "checksums.json"
+_FACTS = "run.json"
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -45,11 +47,11 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     return state
 
 
-def save(path: Path, trainer: Trainer, elapsed: float) -> None:
+def save(path: Path, trainer: Trainer, elapsed: float, run: str = "") -> None:
     """Write the training state as a folder of torch.distributed.checkpoint, to which every process adds its part.
 
-    The folder appears when it is whole, with checksums of its files. Every process must call this, and see the same
-    file system. Raises OSError on every process if any cannot write.
+    The folder appears when it is whole, with checksums of its files, and says of which ``run`` it is. Every process
+    must call this, and see the same file system. Raises OSError on every process if any cannot write.
     """
     import torch.distributed.checkpoint as dcp  # 2 seconds
 
@@ -70,7 +72,8 @@ def save(path: Path, trainer: Trainer, elapsed: float) -> None:
     torch.distributed.all_gather_object(parts, own)
     if rank == 0:
         sums = {name: value for part in parts for name, value in part.items()}
-        sums[".metadata"] = _checksum(temporary / ".metadata")
+        (temporary / _FACTS).write_text(json.dumps({"run": run, "nimg": trainer.nimg}))
+        sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
         (temporary / _CHECKSUMS).write_text(json.dumps(sums))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
@@ -78,14 +81,22 @@ def save(path: Path, trainer: Trainer, elapsed: float) -> None:
 
 
 def check(path: Path) -> None:
-    """Raises UserError unless a folder written by `save` is whole and no byte of it has changed."""
+    """Raises DamagedError unless a folder written by `save` is whole and no byte of it has changed."""
     try:
         sums = json.loads((path / _CHECKSUMS).read_text())
         changed = [name for name, value in sums.items() if _checksum(path / name) != value]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+        raise DamagedError(f"{path} is damaged ({error})") from error
     if changed:
-        raise UserError(f"{path} is damaged: {changed[0]} does not match its checksum")
+        raise DamagedError(f"{path} is damaged: {changed[0]} does not match its checksum")
+
+
+def facts(path: Path) -> tuple[str, int] | None:
+    """(run, nimg) of a folder written by `save`; None if it does not tell."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        told = json.loads((path / _FACTS).read_text())
+        return told["run"], told["nimg"]
+    return None
 
 
 def load(path: Path, trainer: Trainer) -> float:

@@ -6,37 +6,35 @@ Short EMA lengths are differences of stored averages, which amplify the rounding
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from edm2ext.phema import save_average
-from python_train.checkpoint import save_snapshot
+from python_train import checkpoint
+from python_train.checkpoint import stream_snapshot
 from python_train.network import Precond
 
-# Of the format without checksums, which is good for files that are written at several places at once, too.
+# Of files without a checksum of their own, which are written at several places at once.
 FORMAT_VERSION = 1
 
 
-def save_tracked(
-    path: str | os.PathLike[str],
-    net: Precond,
-    storage: str,
-    *,
-    nimg: int,
-    sigma_rel: float,
-    dataset: dict[str, Any],
-    encoder: dict[str, Any],
-    parameters: Sequence[Tensor],
-) -> None:
-    """Write one tracked average of a network in one of `edm2ext.phema.STORAGES`."""
+def tracked(
+    net: Precond, *, nimg: int, sigma_rel: float, dataset: dict[str, Any], encoder: dict[str, Any]
+) -> dict[str, Any]:
+    """The header of a snapshot of an average that was tracked in training."""
     facts = {"nimg": nimg, "sigma_rel": sigma_rel, "ema_kind": "power", "dataset": dataset, "encoder": encoder}
+    return {"format_version": checkpoint.FORMAT_VERSION, "config": net.config, **facts}
+
+
+def save_tracked(
+    path: str | os.PathLike[str], header: dict[str, Any], averages: dict[str, Tensor], buffers: dict[str, Tensor],
+    storage: str,
+) -> None:  # fmt: skip
+    """Write an average, and the network's buffers, by name, in one of `edm2ext.phema.STORAGES`. The network itself is
+    not touched: it may be training."""
+    tensors = {**averages, **buffers}
     if storage == "fp16":
-        save_snapshot(path, net, **facts, parameters=parameters)
-        return
-    names = [name for name, _ in net.named_parameters()]
-    buffers = {name: value for name, value in net.state_dict().items() if name not in set(names)}
-    tensors = {**dict(zip(names, parameters, strict=True)), **buffers}
-    header = {"format_version": FORMAT_VERSION, "config": net.config, **facts}
-    save_average(path, tensors, header, storage, copied=buffers)
+        stream_snapshot(path, header, {name: tensor.shape for name, tensor in tensors.items()}, tensors.values())
+    else:
+        save_average(path, tensors, header, storage, copied=buffers)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: a signal lets the step finish and the training state be saved, then ends the program."""
+"""Stopping early: a signal, or data that cannot be read, lets the training state be saved, then ends the program."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Stopped(Exception):
 class StopRequest:
     """While active, the first of `SIGNALS` is remembered instead of ending the process; the second does what it did.
 
-    Outside of the main thread signals are left alone.
+    Outside of the main thread signals are left alone. ``error`` is set where this process cannot go on.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.signal: str | None = None
+        self.error: Exception | None = None
         self._before: dict[int, object] = {}
         self._group = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
 
@@ -50,9 +51,11 @@ class StopRequest:
         self._before = {}
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; every process must call this, and gets the same answer."""
+        """Whether any process was asked to stop, or cannot go on; every process must call this, and gets the same
+        answer."""
+        here = self.signal is not None or self.error is not None
         if self._group is None:
-            return self.signal is not None
-        asked = torch.tensor([self.signal is not None], dtype=torch.int32)
+            return here
+        asked = torch.tensor([here], dtype=torch.int32)
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(asked)

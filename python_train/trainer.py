@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edm2ext import tune
 from edm2ext.nn import PreparedWeights, force_normalization
-from edm2ext.optim import FusedAdam
+from edm2ext.optim import FusedAdam, LossScale
 from edm2ext.phema import PowerEMA
 from python_train import data, rng, sharded_state
 from python_train.config import TrainOptions
@@ -43,6 +43,15 @@ def learning_rate(nimg: int, batch: int, lr: float, decay: float, rampup: float)
     if rampup > 0:
         lr *= min(nimg / rampup, 1)
     return lr
+
+
+def _loss_scale(options: TrainOptions, device: torch.device) -> LossScale | None:
+    """The factor on the loss, which the optimizer divides out; None for 1."""
+    if options.loss_scaling == "dynamic":
+        return LossScale(device=device)
+    if options.loss_scaling == 1:
+        return None
+    return LossScale(options.loss_scaling, growth=1, backoff=1, device=device)
 
 
 class _Raw(torch.nn.Module):
@@ -104,6 +113,7 @@ class Trainer:
             if self.world.size > 1:
                 self.raw = self._replicated()
         self.ema = PowerEMA(self.params, options.sigma_rels)
+        self.loss_scale = _loss_scale(options, self.world.device)
         self.optimizer = self._optimizer()
         self.nimg = 0
         self.lr = 0.0
@@ -124,7 +134,7 @@ class Trainer:
     def _optimizer(self) -> FusedAdam:
         """Adam with averages; it makes the effective weights of the next forward if it is to normalise weights."""
         adam = {"lr": self.options.lr, "betas": (0.9, 0.99), "eps": 1e-8, "ema": self.ema}
-        adam["force_normalize"] = self.normalize_in_step
+        adam |= {"force_normalize": self.normalize_in_step, "loss_scale": self.loss_scale}
         if self.shards is not None:
             optimizer = FusedAdam(self.params, weights=self.shards.weights, **adam)
             optimizer.prepare()
@@ -168,7 +178,7 @@ class Trainer:
         """Add the gradient of a step's micro-batch (spec 4.1), after the last that of all processes; returns the mean
         loss, 0-dim."""
         last = index == self.rounds - 1
-        scale = self.options.loss_scaling / (self.micro_batch * self.rounds)
+        scale = (1 if self.loss_scale is None else self.loss_scale.scale) / (self.micro_batch * self.rounds)
         alone = last or self.world.size == 1 or self.shards is not None
         with self._effective_weights(), contextlib.nullcontext() if alone else self.raw.no_sync():
             mean = self.loss.backward(self.raw, self.encoder.encode(stored), labels, scale)
@@ -232,6 +242,7 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "nonfinite": self.optimizer.nonfinite,
             "convolutions": tune.choices(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -244,5 +255,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.nonfinite.copy_(state["nonfinite"])
+        if self.options.loss_scaling == "dynamic" and state.get("loss_scale"):  # format 1 has none
+            self.loss_scale.load_state_dict(state["loss_scale"])
         self.refresh()
         self.nimg = state["nimg"]

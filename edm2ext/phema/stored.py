@@ -20,6 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from edm2ext.phema import checksum
 from edm2ext.phema.fit import ROUNDING, STORAGE_OF_DTYPE
 
 BYTES = {"fp16": 2, "fp16+8": 3, "fp32": 4}  # that a weight takes, by what `save_average` calls its storage
@@ -316,12 +317,14 @@ def write_tensors(
     metadata: Mapping[str, str],
     values: Iterable[Tensor],
 ) -> None:
-    """Write a safetensors file of tensors that are made one after another; it appears whole or not at all."""
-    head, _, _ = layout_bytes(layout, metadata)
+    """Write a safetensors file of tensors that are made one after another, with a checksum; it appears whole or not at
+    all."""
+    head, _, _ = layout_bytes(layout, {**metadata, checksum.KEY: checksum.NONE_YET})
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(head)
+        sealed = checksum.SealedWriter(file, head)
         for _, value in zip(layout, values, strict=True):
-            file.write(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+            sealed.write(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+        sealed.seal()
         file.flush()
         os.fsync(file.fileno())
 

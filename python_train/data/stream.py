@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,8 +75,25 @@ def whole_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def read_ahead(loader: torch.utils.data.DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches; a UserError in one of its processes as it was, without the traceback they wrap it in."""
+    """The loader's batches; a UserError in one of its processes as it was, without the traceback they wrap it in, and
+    one that names the process if one of them was killed."""
     try:
-        yield from loader
+        with _no_error_between_batches():
+            stream = iter(loader)
+        yield from stream
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads data is gone; was it killed for its memory? ({error})") from error
+
+
+@contextlib.contextmanager
+def _no_error_between_batches() -> Iterator[None]:
+    """Undo that a loader made here raises an error when one of its processes ends, wherever the program may be: in the
+    middle of an optimizer step, say. It looks after them itself when it waits for a batch."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)

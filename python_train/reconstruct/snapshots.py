@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from edm2ext.phema import StoredAverage
 from edm2ext.phema.fit import STORAGE_OF_DTYPE
-from edm2ext.phema.stored import OpenFiles, Source, StoredTensor, read_layout, with_residual
+from edm2ext.phema.stored import OpenFiles, Source, StoredTensor, read_layout, residual_path, with_residual
 from python_train import UserError, official
-from python_train.checkpoint import read_header
+from python_train.checkpoint import read_header, require_intact
 from python_train.network import Precond
 
 _SNAPSHOT_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(safetensors|pkl)")
@@ -122,11 +123,22 @@ def open_snapshots(snapshots: Sequence[Snapshot]) -> list[StoredAverage]:
     Raises UserError if a file is damaged or its tensors are not those that its network has.
     """
     check_consistent(snapshots)
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(_require_intact, snapshots):
+            pass
     with torch.device("meta"):
         net = Precond(**snapshots[0].header["config"])
     shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     buffers = frozenset(shapes.keys() - {name for name, _ in net.named_parameters()})
     return [_open(snapshot, shapes, buffers) for snapshot in snapshots]
+
+
+def _require_intact(snapshot: Snapshot) -> None:
+    if not official.is_official(snapshot.path):
+        require_intact(snapshot.path, snapshot.header["format_version"])
+        beside = residual_path(snapshot.path)
+        if beside.exists():
+            require_intact(beside, snapshot.header["format_version"])
 
 
 def _open(snapshot: Snapshot, shapes: Mapping[str, tuple[int, ...]], buffers: frozenset[str]) -> StoredAverage:

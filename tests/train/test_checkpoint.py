@@ -37,7 +37,7 @@ def test_snapshot_round_trip(tmp_path: Path) -> None:
     assert path.name == "network-snapshot-0000131-0.050.safetensors"
     checkpoint.save_snapshot(path, net, **HEADER, extra={"note": "x"})
     again, header = checkpoint.load_snapshot(path)
-    assert header == {"format_version": 1, "config": net.config, **HEADER, "note": "x"}
+    assert header == {"format_version": 2, "config": net.config, **HEADER, "note": "x"}
     assert checkpoint.read_header(path) == header
     assert not again.training
     for (name, value), (name_again, value_again) in zip(
@@ -80,7 +80,10 @@ def test_bad_snapshots(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"edm2": json.dumps(header)})
     with pytest.raises(UserError, match="does not fit its configuration"):
         checkpoint.load_snapshot(path)
-    for change, message in (({"format_version": 2}, "format version 2"), ({"config": None}, "does not fit")):
+    for change, message in (
+        ({"format_version": 3}, "format version 3; this program reads 1 to 2"),
+        ({"config": None}, "does not fit"),
+    ):
         safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"edm2": json.dumps({**header, **change})})
         with pytest.raises(UserError, match=message):
             checkpoint.load_snapshot(path)
@@ -119,7 +122,10 @@ def test_damaged_states(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checksum"):
         checkpoint.load_state(path)
     torch.save({"format_version": 99}, path)
-    with pytest.raises(UserError, match="not a training state of this program's format"):
+    with pytest.raises(UserError, match=r"training-state-0000001\.pt has format version 99; this program reads 1 to 2"):
+        checkpoint.load_state(path)
+    torch.save({"x": 1}, path)
+    with pytest.raises(UserError, match="is not a training state of this program"):
         checkpoint.load_state(path)
 
 

@@ -9,42 +9,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import TINY, command, environment, final_files, run, same
 from torch import Tensor
 
 from edm2ext import ops
 from python_train import UserError, checkpoint, data, loop, noise_levels
-from python_train.config import TrainOptions, make_options
-from python_train.loop import stop_point, train
+from python_train.loop import stop_point
 from python_train.loss import EDM2Loss
+from python_train.network import Precond
 from python_train.run_dir import RunDir
 from python_train.stop import Stopped, StopRequest
 from python_train.trainer import Trainer, learning_rate
 from python_train.world import World, open_world
-
-TINY = make_options(
-    "digits",
-    model_channels=8,
-    channel_mult=(1, 2),
-    dropout=0.1,
-    batch=64,
-    duration=4096,
-    rampup=1000,
-    decay=20,
-    status=512,
-    snapshot=2048,
-    checkpoint=1024,
-    sample=0,
-    tensorboard=False,
-)
-
-
-def run(options: TrainOptions, outdir: Path, **kwargs: object) -> int:
-    return train(options, data.open_dataset(options.data, options.cond), outdir, **kwargs)
 
 
 def trainer(**overrides: object) -> Trainer:
@@ -58,30 +38,6 @@ def random_batches(batch: int, seed: int = 0):
     while True:
         images = torch.randint(0, 256, [batch, 1, 8, 8], dtype=torch.uint8, generator=generator)
         yield images, torch.eye(10)[torch.randint(0, 10, [batch], generator=generator)]
-
-
-def same(a: object, b: object) -> bool:
-    """Bit-exact equality of nested states."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def final_files(outdir: Path) -> dict[str, object]:
-    """Everything of a run that must not depend on interruptions (times and memory sizes do)."""
-    state = checkpoint.load_state(checkpoint.list_states(outdir)[0])
-    state.pop("elapsed")
-    lines = [json.loads(line) for line in (outdir / "stats.jsonl").read_text().splitlines()]
-    return {
-        "state": state,
-        "snapshots": {path.name: path.read_bytes() for path in sorted(outdir.glob("*.safetensors"))},
-        "stats": [(line["Progress/kimg"], line["Loss/loss"], line["Loss/learning_rate"]) for line in lines[1:]],
-        "options": json.loads((outdir / "options.json").read_text()),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +172,49 @@ def test_precisions_train(precision: str) -> None:
         t.step(stream)
         losses.append(t.mean_loss())
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_loss_scaling_is_divided_out() -> None:
+    """By a power of two, exactly. A dynamic scale goes down where gradients overflow."""
+    moments = []
+    for scaling in (1.0, 1024.0, "dynamic"):
+        t = trainer(loss_scaling=scaling, dropout=0.0)
+        stream = random_batches(64)
+        for _ in range(3):
+            t.step(stream)
+        moments.append([state["exp_avg"] for state in t.optimizer.state.values()])
+    assert t.loss_scale.scale == 2**16
+    for scaled in moments[1:]:
+        for a, b in zip(moments[0], scaled, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+    t.net.unet.out_conv.weight.register_hook(lambda grad: torch.full_like(grad, math.inf))
+    t.step(stream)
+    assert t.loss_scale.scale == 2**15
+    again = trainer(loss_scaling="dynamic", dropout=0.0)
+    again.load_state_dict(t.state_dict())
+    assert again.loss_scale.scale == 2**15
+    assert trainer(loss_scaling=7.0).loss_scale.scale == 7
+    with pytest.raises(UserError, match="loss_scaling must be 'dynamic' or between 1 and"):
+        dataclasses.replace(TINY, loss_scaling=0.5).validate()
+
+
+def test_small_gradients_survive_float16_with_a_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float16 on the CPU, in plain torch: gradients too small for it vanish, unless they are scaled."""
+    monkeypatch.setattr(Precond, "_dtype_on", lambda self, device: self.compute_dtype)
+    found = []
+    for precision, scaling in (("fp32", 1.0), ("fp16", 1.0), ("fp16", 2.0**14), ("fp16", "dynamic")):
+        t = trainer(precision=precision, loss_scaling=scaling, dropout=0.0)
+        backward_at = t.loss.backward_at
+        t.loss.backward_at = lambda *args, backward_at=backward_at: backward_at(*args[:-1], args[-1] * 2**-14)
+        t.step(random_batches(64))
+        moments = [state["exp_avg"].flatten() for state in t.optimizer.state.values()]
+        found.append(torch.cat(moments))
+        assert not t.nonfinite()
+    exact = found[0]
+    errors = [float((x - exact).norm() / exact.norm()) for x in found[1:]]
+    assert errors[0] > 3 * errors[1], errors
+    assert errors[0] > 3 * errors[2], errors
+    assert max(errors[1:]) < 0.02
 
 
 def test_world_of_one() -> None:
@@ -358,20 +357,6 @@ def test_crash_and_resume_is_bit_exact(
     assert same(final_files(tmp_path / "run"), expected)
 
 
-def test_damaged_states_fall_back(uninterrupted: dict[str, object], tmp_path: Path) -> None:
-    outdir = tmp_path / "run"
-    run(dataclasses.replace(TINY, duration=3072), outdir)
-    newest, middle, _ = checkpoint.list_states(outdir)
-    newest.write_bytes(newest.read_bytes()[:1000])
-    middle.write_bytes(b"")
-    assert run(TINY, outdir) == 4096
-    log = (outdir / "log.txt").read_text()
-    assert f"WARNING: {newest} is damaged" in log
-    assert f"WARNING: {middle} is damaged" in log
-    assert f"resuming from {outdir / 'training-state-0000001.pt'}" in log
-    assert same(final_files(outdir), uninterrupted)
-
-
 def test_changed_options_are_refused(tmp_path: Path) -> None:
     short = dataclasses.replace(TINY, duration=1024, snapshot=0)
     outdir = tmp_path / "run"
@@ -390,6 +375,24 @@ def test_changed_options_are_refused(tmp_path: Path) -> None:
     assert json.loads((outdir / "options.json").read_text())["options"]["lr"] == 0.02
     free = dataclasses.replace(short, lr=0.02, duration=3072, status=256, snapshot=1024, checkpoint=3072, slice=3072)
     assert run(free, outdir) == 3072
+
+
+def test_another_micro_batch_continues_when_asked_for(tmp_path: Path) -> None:
+    outdir = tmp_path / "run"
+    whole = dataclasses.replace(TINY, duration=1024, snapshot=0, status=0)
+    run(whole, outdir)
+    halves = dataclasses.replace(whole, duration=2048, batch_gpu=32)
+    with pytest.raises(UserError, match=r"options\.batch_gpu: None -> 32"):
+        run(halves, outdir)
+    assert run(halves, outdir, override=True) == 2048
+    assert "options have changed, so the run will not be, bit for bit, what either would have made of it: options." \
+           "batch_gpu: None -> 32" in (outdir / "log.txt").read_text()  # fmt: skip
+    assert run(dataclasses.replace(halves, duration=3072), outdir) == 3072
+    run(dataclasses.replace(whole, duration=2048), tmp_path / "other")
+    states = [checkpoint.load_state(folder / "training-state-0000002.pt") for folder in (outdir, tmp_path / "other")]
+    for a, b in zip(*(state["net"].values() for state in states), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.5)  # the same mathematics on other random numbers
+    assert not same(states[0]["net"], states[1]["net"])
 
 
 def test_foreign_and_unwritable_directories(tmp_path: Path) -> None:
@@ -422,50 +425,6 @@ def test_data_that_changed_is_refused(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- separate processes
-
-_OPTIONS = (
-    "--preset digits --channels 8 --blocks 1 --channel-mult 1,2 --batch 64 --rampup 1000 --decay 20 --dropout 0.1 "
-    "--status 512 --snapshot 2048 --checkpoint 1024 --sample 0 --no-tensorboard --device cpu"
-)
-
-
-def command(outdir: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "python_train.run", *_OPTIONS.split(), "--outdir", str(outdir), *more]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def finish(outdir: Path, duration: str) -> dict[str, object]:
-    """Run the training command to its end."""
-    subprocess.run(command(outdir, "--duration", duration), env=environment(), check=True, capture_output=True)
-    return final_files(outdir)
-
-
-def kill(outdir: Path, duration: str, delay: float) -> None:
-    """Start the training command and kill it shortly after a new training state appears."""
-    before = set(outdir.glob("training-state-*"))
-    process = subprocess.Popen(command(outdir, "--duration", duration), env=environment(), stdout=subprocess.DEVNULL)
-    while set(outdir.glob("training-state-*")) <= before and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def test_killed_process_resumes_bit_exactly(uninterrupted: dict[str, object], tmp_path: Path) -> None:
-    kill(tmp_path / "run", "4Ki", delay=0)
-    assert same(finish(tmp_path / "run", "4Ki"), uninterrupted)
-
-
-@pytest.mark.slow
-def test_many_kills(tmp_path: Path) -> None:
-    whole = finish(tmp_path / "whole", "32Ki")
-    for index in range(12):
-        kill(tmp_path / "run", "32Ki", delay=0.013 * index)
-    assert same(finish(tmp_path / "run", "32Ki"), whole)
-    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -1,34 +1,70 @@
-"""Training for minutes: memory stays where it was, the loss falls, nothing but the wanted files is left."""
+"""Training for a long time: memory, open files, threads and processes stay as many, and nothing but the wanted files is
+left. EDM2EXT_SOAK_SECONDS says how long; `make soak` takes two hours."""
 
+from __future__ import annotations
+
+import dataclasses
 import gc
+import os
+import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+from runs import TINY, check_listed_files, children
 
-from python_train import checkpoint, config, data, loop, run_dir
+from python_train import checkpoint, data, loop
+from python_train.stop import StopRequest
 
-MINUTES_OF_IMAGES = 192 * 1024
+SECONDS = float(os.environ.get("EDM2EXT_SOAK_SECONDS", "120"))
+GROWTH = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Used:
+    """What this process holds."""
+
+    memory: int
+    files: int
+    threads: int
+    processes: int
+
+
+def used() -> Used:
+    gc.collect()
+    files, threads = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task"))
+    return Used(loop._resident_bytes(), files, threads, len(children(os.getpid())))
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow(tmp_path: Path) -> None:
-    """From the first quarter on, a run that reports, saves and snapshots all the time occupies no more memory."""
-    options = config.make_options(
-        "digits", model_channels=8, num_blocks=1, batch=64, duration=MINUTES_OF_IMAGES, dropout=0.1,
-        status=1024, snapshot=4096, checkpoint=4096,
-    )  # fmt: skip
-    occupied = []
-    original = loop._Reporter.status
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads and files by /proc")
+def test_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first quarter on, a run that reads with processes of its own, and reports, saves and snapshots all the
+    time, occupies no more than before."""
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(np.random.default_rng(0).integers(0, 256, [300, 8, 8], dtype=np.uint8)):
+        PIL.Image.fromarray(image).save(tmp_path / "images" / f"{index:03d}.png")
+    options = dataclasses.replace(
+        TINY, data="images", cond=False, batch_gpu=32, duration=2**40, status=1024, snapshot=4096, checkpoint=2048
+    )
+    samples: list[Used] = []
+    status, began = loop._Reporter.status, time.monotonic()
 
-    def status(self: loop._Reporter) -> float:
-        gc.collect()
-        occupied.append(loop._resident_bytes())
-        return original(self)
+    def sampled(self: loop._Reporter) -> float:
+        samples.append(used())
+        return status(self)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Reporter, "status", status)
-        assert loop.train(options, data.open_dataset("digits"), tmp_path / "run") == options.duration
-    quarter = len(occupied) // 4
-    assert max(occupied[quarter:]) - occupied[quarter] < 32 * 2**20, [b // 2**20 for b in occupied[::quarter]]
-    assert len(checkpoint.list_states(tmp_path / "run")) == run_dir.STATES_KEPT
+    monkeypatch.setattr(loop._Reporter, "status", sampled)
+    monkeypatch.setattr(StopRequest, "agreed", lambda self: time.monotonic() > began + SECONDS)
+    dataset = data.open_dataset(tmp_path / "images", cond=False, cache_bytes=0, workers=2)
+    with pytest.raises(loop.Stopped):
+        loop.train(options, dataset, tmp_path / "run")
+    quarter, later = samples[len(samples) // 4], samples[len(samples) // 4 :]
+    assert max(sample.memory for sample in later) - quarter.memory < GROWTH
+    assert max(sample.files for sample in later) <= quarter.files + 2  # a file that the writer has open
+    assert max(sample.threads for sample in later) == quarter.threads
+    assert max(sample.processes for sample in later) == quarter.processes == 2
+    assert len(checkpoint.list_states(tmp_path / "run")) == options.keep
     assert not list((tmp_path / "run").glob(".*"))
+    check_listed_files(tmp_path / "run")
