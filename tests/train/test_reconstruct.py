@@ -379,7 +379,9 @@ def test_network_in_training_comes_out_as_tracked(tmp_path: Path) -> None:
         error = float((flat(result[name] for name in trainer.names).double() - truth).norm() / truth.norm())
         assert error <= 1e-4
         assert error <= 3 * quality.expected_error + 1e-7
-        assert error + 1e-7 >= quality.expected_error / 3
+        # The widest profile is off at the beginning of training only, where so short a run moves more smoothly than at
+        # random: its error is overestimated.
+        assert quality.target.sigma_rel > 0.2 or error + 1e-7 >= quality.expected_error / 3
 
 
 def test_pickles_of_any_layout(tmp_path: Path) -> None:
