@@ -81,7 +81,7 @@ def test_every_case_beside_torch_has_its_rows_without_a_gpu(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("stage_name", "abcd")
+@pytest.mark.parametrize("stage_name", "abcde")
 def test_rows_of_a_stage(tmp_path: Path, stage_name: str, dry_run: bool):
     options = argparse.Namespace(stage=stage_name, dry_run=dry_run, reference=None, emoji=None)
     names = [name for name, _, _ in gpu_stages.rows_of(options, "", tmp_path)]

@@ -1,6 +1,8 @@
 """Faults for mutate.py that its operators would not make: file of csrc/cuda, text that occurs in it, replacement."""
 
 FAULTS: list[tuple[str, str, str]] = [
+    ("launch.h", "packs_per_lane <= 4", "packs_per_lane <= 5"),
+    ("launch.h", "packs_per_lane <= 2", "packs_per_lane <= 3"),
     ("device.cuh", "offset = lanes / 2;", "offset = lanes / 4;"),
     ("device.cuh", "head < count ? head : count", "head"),
     ("device.cuh", "(count - head) / kPack<T>", "(count - head) / kPack<T> + 1"),
@@ -14,7 +16,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ("pixel_norm.cuh", "int warp = 1; warp < kWarps", "int warp = 1; warp < kWarps - 1"),
     ("pixel_norm.cuh", "end = pixel < pixels ? channels : 0;\n  }", "end = channels;\n  }"),
     ("pixel_norm.cuh", "strip / strips * channels * pixels", "strip / strips * pixels"),
-    ("pixel_norm.cu", "packs_per_lane <= 4", "packs_per_lane <= 5"),
     ("pixel_norm.cu", "packs_per_lane > kMostPacksPerLane", "false"),
     ("mp_silu.cuh", "end_pixel = (chunk + 1) * kChunkPixels<true>", "end_pixel = (chunk + 1) * kChunkPixels<true> - 1"),
     ("mp_silu.cuh", "if (end_pixel > pixels) end_pixel = pixels;", ""),
@@ -105,7 +106,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ("resample_down_pixel_norm.cu", "all_cells ? ceil_div(params.height, 2) : params.height / 2", "params.height / 2"),
     ("resample_down_pixel_norm.cu", "grid.fine_width == 2 * grid.coarse_width", "true"),
     ("resample_down_pixel_norm.cu", "packs_per_lane > kMostPacksPerLane", "false"),
-    ("resample_down_pixel_norm.cu", "packs_per_lane <= 2", "packs_per_lane <= 3"),
     ("cosine_attention.cuh", "parts[at % 3].v[at / 3] = values", "parts[at / N].v[at % N] = values"),
     ("cosine_attention.cuh", "values.v[i] = parts[at % 3]", "values.v[i] = parts[2 - at % 3]"),
     ("cosine_attention.cuh", "row < rows && channel < head_dim", "row < rows"),

@@ -130,7 +130,7 @@ def _prelude(root: Path) -> Path:
 
 def precompile(root: Path, build: Path) -> None:
     """Makes the prelude: the headers of C++ and of the emulated toolkit that the kernels include."""
-    texts = [file.read_text() for file in (root / "csrc" / "cuda").iterdir()]
+    texts = [(root / name).read_text() for name in set().union(*families(root).values())]
     names = sorted({name for text in texts for name in re.findall(r"^#include (<.*>)$", text, re.MULTILINE)})
     prelude = _prelude(root)
     prelude.write_text("".join(f"#include {name}\n" for name in names))
