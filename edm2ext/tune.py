@@ -156,6 +156,12 @@ def gpu_at_hand() -> GPU:
     return GPU(properties.name, properties.multi_processor_count, (properties.major, properties.minor) == (9, 0))
 
 
+def available() -> bool:
+    """Whether there is anything to choose: the current GPU, and convolutions for it in this build."""
+    there = torch.cuda.is_available() and _library.has_kernel("mp_conv2d", "cuda")
+    return there and _library.runs_on_gpu(torch.cuda.current_device())
+
+
 def plans(problem: Problem, multiprocessors: int, wgmma: bool = True) -> list[list[int]]:
     """Plans of our kernels worth trying, for every tile the likeliest; with `wgmma` those for Hopper, if this build
     has them."""
@@ -354,7 +360,7 @@ def main(preset: str, batch: int, precision: str, only_list: bool, again: bool, 
         return
     if not torch.cuda.is_available():
         sys.exit("edm2ext.tune needs a GPU; --list says what it would try")
-    if not _library.has_kernel("mp_conv2d", "cuda"):
+    if not available():
         sys.exit("the library has no convolutions for this GPU; see python -m edm2ext")
     torch.backends.cudnn.benchmark = True
     times = tune(problems, again=again)

@@ -133,7 +133,7 @@ def _train(
     if first >= stop:
         return first
 
-    if world.device.type == "cuda" and options.precision != "fp32":
+    if world.device.type == "cuda" and options.precision != "fp32" and tune.available():
         sizes = (dataset.resolution, net.img_channels, dataset.label_dim)
         tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch))
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
