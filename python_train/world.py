@@ -81,7 +81,11 @@ def open_world(device: str | None = None) -> Iterator[World]:
     # interpreter ends, whose end its threads do not always survive: "terminate called without an active exception".
     for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
         importlib.import_module(module)
-    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # torchrun keeps its store when it starts the processes again, with the addresses of those that are gone.
+    store, rank, size = next(iter(torch.distributed.rendezvous("env://")))
+    store = torch.distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, chosen)
     finally:
