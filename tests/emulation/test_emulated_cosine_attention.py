@@ -31,6 +31,7 @@ CASES = [
     Case(2, 3, 64, 16),  # EDM2's d
     Case(1, 2, 24, 40),  # lanes left over in a group; a strip that is not full
     Case(2, 2, 5, 7),  # single elements
+    Case(2, 2, 8, 3),  # packs of channels, but none of pixels
     Case(1, 1, 136, 24),  # three chunks of channels; too long for registers (32 bits)
     Case(1, 2, 264, 3, layouts=("nhwc",)),  # too long for registers
     Case(1, 1, 67, 33),  # two chunks of channels, two strips, single elements
