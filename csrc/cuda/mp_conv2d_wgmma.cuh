@@ -77,8 +77,10 @@ __device__ void store_wgmma(const ConvArguments<T>& args, const WgmmaWork& work,
   constexpr int kGroupRows = 64;
   const int lane = thread % kWarpSize;
   const int first_row = work.row_tile * Conv::kTile.rows + thread / kWarpSize * 16;  // of this warp
-  const int of_tap = Direction == ConvDirection::kBackwardWeight ? args.sizes.in : args.columns;
-  const WgmmaColumns columns = wgmma_columns(work.column_tile, Conv::kTile.columns, of_tap);
+  WgmmaColumns columns = {work.column_tile * Conv::kTile.columns, args.columns};     // with no register to spare
+  if constexpr (Direction == ConvDirection::kBackwardWeight) {
+    columns = wgmma_columns(work.column_tile, Conv::kTile.columns, args.sizes.in);
+  }
 #pragma unroll
   for (int i = 0; i < Conv::kTile.rows / (kGroupRows * Conv::kGroups); ++i) {
 #pragma unroll
