@@ -55,7 +55,7 @@ def test_layers_are_measured_before_what_is_fused_to_them(net: Precond, name: st
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     bucket = measured(net)["Dec 4"]
     handle.remove()
-    rms = reference.mp_conv2d(inputs[0], layer.weight).square().mean(dim=(0, 2, 3)).sqrt()
+    rms = reference.mp_conv2d(inputs[0], layer.weight.detach()).square().mean(dim=(0, 2, 3)).sqrt()
     [found] = [m for m in bucket.activations if m.layer == f"unet.dec.4x4_in0.{name}"]
     assert (found.mean, found.max) == pytest.approx((float(rms.mean()), float(rms.max())), rel=1e-5)
     assert not layer._forward_hooks  # its own are gone
