@@ -116,7 +116,7 @@ def stream_snapshot(
 
     ``values`` come in the order of ``shapes`` and are converted to float16.
     """
-    header = {"format_version": FORMAT_VERSION} | header | {"format_version": FORMAT_VERSION}  # it comes first
+    header = {"format_version": FORMAT_VERSION, **{k: v for k, v in header.items() if k != "format_version"}}
     layout: dict[str, Any] = {"__metadata__": {"edm2": json.dumps(header), checksum.KEY: checksum.NONE_YET}}
     end = 0
     for name, shape in shapes.items():
