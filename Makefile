@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.edm2ext-installed
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml requirements.txt $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest
+BUILD = $(wildcard build/cp$(shell $(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup demo test test-slow soak lint bench bench-cpp arches clean
@@ -43,15 +44,17 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.run
 
-# build/benchmarks/edm2_cuda_bench and edm2_cpu_bench: the kernels without Python and torch (CONTRIBUTING.md).
+# build/benchmarks/edm2_cuda_bench and edm2_cpu_bench: the kernels without Python and torch (CONTRIBUTING.md), from the
+# object files of the set-up.
 bench-cpp: setup
-	$(BIN)/cmake -S . -B build/benchmarks -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
-	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DEDM2EXT_BENCHMARKS=ON
-	$(BIN)/cmake --build build/benchmarks --target edm2_benchmarks
+	$(BIN)/cmake $(BUILD) -DEDM2EXT_BENCHMARKS=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$(abspath build/benchmarks)
+	$(BIN)/cmake --build $(BUILD) --target edm2_benchmarks
 
 # Every architecture the kernels are written for; nothing is installed.
 arches: setup
-	$(BIN)/cmake -S . -B build/arches -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DEDM2EXT_CUDA=ON "-DEDM2EXT_CUDA_ARCHS=80;86;89;90a;100a;120a"
+	$(BIN)/cmake -S . -B build/arches -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DEDM2EXT_CUDA=ON "-DEDM2EXT_CUDA_ARCHS=80;86;89;90a;100a;120a"
 	$(BIN)/cmake --build build/arches
 
 clean:
