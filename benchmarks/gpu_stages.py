@@ -84,7 +84,8 @@ def judged(status: int, text: str, pattern: str = r"[^\n]*\S[^\n]*(?=\s*\Z)") ->
 
 
 def find_tool(name: str) -> str | None:
-    folders = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    folders = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")]
+    folders += ["/usr/local/cuda", "/usr/local/nvidia"]
     places = [shutil.which(name), *(shutil.which(str(Path(folder) / "bin" / name)) for folder in folders if folder)]
     return next((place for place in places if place), None)
 
@@ -134,7 +135,8 @@ def library(seconds: float) -> Outcome:
     if not (stamp.exists() and stamp.read_text() == ours and run(loads, 60, PYTHONPATH=PATHS)[0] == 0):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--upgrade"]
         build = ["--target", str(SITE), ".", f"--config-settings=build-dir={BUILD}"]
-        options = {"EDM2EXT_CUTLASS": "AUTO", "EDM2EXT_WERROR": "OFF"}  # if nvidia-cutlass is there; any compiler
+        options = {"EDM2EXT_WERROR": "OFF", "EDM2EXT_CONV": "ON" if gpu_name() else "AUTO"}
+        options |= {"EDM2EXT_CUTLASS": "AUTO"}  # if nvidia-cutlass is installed
         settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in options.items()]
         status, text = run([*pip, *build, *settings], seconds, EDM2EXT_CUDA="ON")
         if status != 0:

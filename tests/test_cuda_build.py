@@ -148,7 +148,7 @@ def library() -> Path:
 
 def cuobjdump() -> str:
     """The tool, of a CUDA toolkit or of the package nvidia-cuda-cuobjdump."""
-    found = shutil.which("cuobjdump")
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
     if found is not None:
         return found
     try:
