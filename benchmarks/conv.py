@@ -100,6 +100,13 @@ def summary(found: Sequence[dict[str, str]]) -> Iterator[str]:
         yield f"{column}: geometric mean {mean:.3f}, least {min(values):.3f}, at least 1 on {reached:.0%}"
 
 
+def save(file: Path, found: Sequence[dict[str, str]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, found[0].keys())
+        writer.writeheader()
+        writer.writerows(found)
+
+
 @click.command(help=__doc__)
 @click.option("--preset", "presets", multiple=True, type=click.Choice(EDM2_PRESETS), default=["img512-s"])
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=[32])
@@ -128,12 +135,9 @@ def main(presets: tuple[str, ...], batches: tuple[int, ...], precision: str, sea
             print("|---|---|" + "---:|" * (len(row) - 2))
         found.append(row)
         print("| " + " | ".join(row.values()) + " |", flush=True)
+        if file is not None:  # after each row: running out of time loses only what follows
+            save(file, found)
     print("", *summary(found), sep="\n")
-    if file is not None:
-        with file.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, found[0].keys())
-            writer.writeheader()
-            writer.writerows(found)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def main(preset: str, batch: int, top: int, file: Path | None, dry_run: bool) ->
         end.synchronize()
         wall_ms = start.elapsed_time(end) / _STEPS
     activities = [ProfilerActivity.CPU] + ([] if dry_run else [ProfilerActivity.CUDA])
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, acc_events=True) as seen:
         for _ in range(_STEPS):
             step()
         if not dry_run:

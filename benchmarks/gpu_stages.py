@@ -28,6 +28,7 @@ from benchmarks.gpu_results import Outcome, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-site"  # the package, installed for this Python
+BUILD = ROOT / "build" / "gpu"  # where it was built
 BENCH = ROOT / "build" / "gpu-bench"
 ROWS = ROOT / "build" / "gpu-rows.json"  # of the last program that wrote some
 
@@ -83,7 +84,8 @@ def judged(status: int, text: str, pattern: str = r"[^\n]*\S[^\n]*(?=\s*\Z)") ->
 
 
 def find_tool(name: str) -> str | None:
-    folders = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    folders = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")]
+    folders += ["/usr/local/cuda", "/usr/local/nvidia"]
     places = [shutil.which(name), *(shutil.which(str(Path(folder) / "bin" / name)) for folder in folders if folder)]
     return next((place for place in places if place), None)
 
@@ -99,6 +101,8 @@ def gpu_name() -> str:
 
 def commit_hash() -> str:
     """Of the checkout, or what COMMIT says where there is no git."""
+    if shutil.which("git") is None:
+        return os.environ.get("COMMIT", "unknown")
     git = ["git", "-C", str(ROOT)]
     done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -130,9 +134,11 @@ def library(seconds: float) -> Outcome:
     loads = python("-c", "import edm2ext, sys; sys.exit(not edm2ext.build_info()['cuda_compiled'])")
     if not (stamp.exists() and stamp.read_text() == ours and run(loads, 60, PYTHONPATH=PATHS)[0] == 0):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--upgrade"]
-        build = ["--target", str(SITE), ".", f"--config-settings=build-dir={ROOT / 'build' / 'gpu'}"]
-        hopper = "--config-settings=cmake.define.EDM2EXT_CUTLASS=AUTO"  # if nvidia-cutlass is installed
-        status, text = run([*pip, *build, hopper], seconds, EDM2EXT_CUDA="ON")
+        build = ["--target", str(SITE), ".", f"--config-settings=build-dir={BUILD}"]
+        options = {"EDM2EXT_WERROR": "OFF", "EDM2EXT_CONV": "ON" if gpu_name() else "AUTO"}
+        options |= {"EDM2EXT_CUTLASS": "AUTO"}  # if nvidia-cutlass is installed
+        settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in options.items()]
+        status, text = run([*pip, *build, *settings], seconds, EDM2EXT_CUDA="ON")
         if status != 0:
             return judged(status, text)
         stamp.write_text(ours)
@@ -147,27 +153,14 @@ def installed(seconds: float) -> Outcome:
 
 
 def bench_program(seconds: float) -> Outcome:
-    pybind11 = subprocess.run(
-        [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    options = ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
+    """Of the package's object files."""
+    if not (BUILD / "CMakeCache.txt").exists():
+        return Outcome("failed", "the package was not built here")
     cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else ["cmake"]
-    ninja = [f"-DCMAKE_MAKE_PROGRAM={_ninja()}"] if _ninja() else []
-    configure = [
-        "-S",
-        ".",
-        "-B",
-        str(BENCH),
-        "-G",
-        "Ninja",
-        *ninja,
-        *options,
-        "-DEDM2EXT_CUDA=ON",
-        "-DEDM2EXT_BENCHMARKS=ON",
-    ]
-    status, text = run([*cmake, *configure], 120)
+    options = ["-DEDM2EXT_BENCHMARKS=ON", f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={BENCH}"]
+    status, text = run([*cmake, str(BUILD), *options], 120)
     if status == 0:
-        status, text = run([*cmake, "--build", str(BENCH), "--target", "edm2_cuda_bench"], seconds)
+        status, text = run([*cmake, "--build", str(BUILD), "--target", "edm2_cuda_bench"], seconds)
     return judged(status, text)
 
 
@@ -175,13 +168,9 @@ def _has_module(name: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
 
 
-def _ninja() -> str | None:
-    return shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
 def tests(*arguments: str) -> Callable[[float], Outcome]:
     def work(seconds: float) -> Outcome:
-        workers = ["-n", str(min(8, os.cpu_count() or 1))] if _has_module("xdist") and "tests" in arguments else []
+        workers = ["-n", str(min(8, os.cpu_count() or 1))] if _has_module("xdist") else []
         command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20", *workers, *arguments)
         return judged(*run(command, seconds, PYTHONPATH=PATHS), r"\d+ (?:passed|failed|skipped|error)[^\n]*")
 
@@ -388,7 +377,8 @@ def convolution_table(gpu: str) -> Callable[[float], Outcome]:
     def work(seconds: float) -> Outcome:
         if not gpu:
             return Outcome("not measured", "no GPU")
-        file = BENCH / "convolutions.csv"
+        file = ROWS.with_suffix(".csv")
+        file.parent.mkdir(exist_ok=True)
         file.unlink(missing_ok=True)
         status, text = run(python("-m", "benchmarks.conv", "--search", "--csv", str(file)), seconds, PYTHONPATH=PATHS)
         outcome = judged(status, text, r"bound / ours: geometric mean[^\n]*")

@@ -99,7 +99,7 @@ def time_work(row: Row, work: Callable[[], object], repeats: int = _REPEATS) -> 
 
 def count_launches(work: Callable[[], object]) -> int:
     """Kernels that run on the GPU; copies and fills by the driver are none."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         work()
         torch.cuda.synchronize()
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu(seen.events()))

@@ -93,7 +93,8 @@ class GraphedStep:
 
 def _capture(launches: Callable[[], None]) -> Graph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: meanwhile other threads pin the next batches and write a snapshot, which "global" takes for errors.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         launches()
     return graph
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import edm2ext
-from benchmarks import gpu_bandwidth, gpu_profile, gpu_stages, gpu_step, gpu_training
+from benchmarks import conv, gpu_bandwidth, gpu_profile, gpu_stages, gpu_step, gpu_training
 from benchmarks.gpu_results import Outcome, Stage
 from edm2ext.traffic import Traffic
 
@@ -87,6 +87,35 @@ def test_rows_of_a_stage(tmp_path: Path, stage_name: str, dry_run: bool):
     names = [name for name, _, _ in gpu_stages.rows_of(options, "", tmp_path)]
     assert names[0] == "library"
     assert len(names) == len(set(names)) > 2
+
+
+def test_without_git_the_commit_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert gpu_stages.commit_hash() == "abc1234"
+
+
+def test_the_bench_program_is_made_where_the_package_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_stages, "BUILD", tmp_path)
+    assert gpu_stages.bench_program(10) == Outcome("failed", "the package was not built here")
+    (tmp_path / "CMakeCache.txt").touch()
+    commands: list[list[str]] = []
+
+    def run(command: list[str], seconds: float) -> tuple[int, str]:
+        commands.append(command)
+        return 0, "made"
+
+    monkeypatch.setattr(gpu_stages, "run", run)
+    assert gpu_stages.bench_program(10) == Outcome("passed", "made")
+    assert all(str(tmp_path) in command for command in commands)
+    assert commands[-1][-2:] == ["--target", "edm2_cuda_bench"]
+
+
+def test_rows_of_convolutions_are_kept_as_they_come(tmp_path: Path):
+    file = tmp_path / "rows.csv"
+    for count in (1, 2):
+        conv.save(file, [{"problem": f"p{i}", "ours ms": "0.1"} for i in range(count)])
+        assert file.read_text().splitlines() == ["problem,ours ms", *(f"p{i},0.1" for i in range(count))]
 
 
 def test_a_row_that_ran_in_small_is_not_measured():

@@ -10,11 +10,13 @@
 
 namespace edm2::bench {
 
-/// Memory that a case works on. `random`: filled with values of the dtype between -2 and 2 before the first call.
+/// Memory that a case works on. `random`: filled with values of the dtype between -2 and 2 before the first call;
+/// `zeros`: with zeros; neither: written by the call before anything reads it.
 struct Buffer {
   int64_t numel;
   DType dtype;
   bool random;
+  bool zeros = false;
 
   int64_t bytes() const;
 };

@@ -1,7 +1,8 @@
 // edm2_cuda_bench: times the launchers of all CUDA kernels, without Python and torch.
 //
-// Times are medians of CUDA events around one call. Calls take turns among copies of the data, together several times
-// the L2 cache, so that each finds a cold one. Bytes are those that the launchers declare (edm2/traffic.h).
+// Times are medians of CUDA events around one call, queued while the GPU is still busy, so that it does not wait for
+// the host in between. Calls take turns among copies of the data, together several times the L2 cache, so that each
+// finds a cold one. Bytes are those that the launchers declare (edm2/traffic.h).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -78,10 +79,19 @@ __global__ void fill(T* target, int64_t numel) {
   }
 }
 
+/// Keeps the GPU busy while the host queues what is to be timed.
+__global__ void spin(int64_t cycles) {
+  const int64_t end = clock64() + cycles;
+  while (clock64() < end) {
+  }
+}
+
 class Memory {
  public:
   explicit Memory(const Buffer& buffer) {
-    check(cudaMalloc(&data_, static_cast<size_t>(std::max<int64_t>(buffer.bytes(), 16))), "cudaMalloc");
+    const auto bytes = static_cast<size_t>(std::max<int64_t>(buffer.bytes(), 16));
+    check(cudaMalloc(&data_, bytes), "cudaMalloc");
+    if (buffer.zeros) check(cudaMemset(data_, 0, bytes), "cudaMemset");
     if (!buffer.random) return;
     switch (buffer.dtype) {
       case DType::kFloat16:
@@ -89,6 +99,9 @@ class Memory {
         break;
       case DType::kBFloat16:
         fill<<<1024, 256>>>(static_cast<__nv_bfloat16*>(data_), buffer.numel);
+        break;
+      case DType::kFloat64:
+        fill<<<1024, 256>>>(static_cast<double*>(data_), buffer.numel);
         break;
       default:
         fill<<<1024, 256>>>(static_cast<float*>(data_), buffer.numel);
@@ -112,12 +125,14 @@ struct Times {
 
 template <typename Call>
 Times time_calls(int repeats, Call call) {
+  constexpr int64_t kHeadStart = 200'000;  // cycles, about 0.1 ms
   cudaEvent_t start = nullptr;
   cudaEvent_t end = nullptr;
   check(cudaEventCreate(&start), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<float> times;
   for (int i = -std::min(3, repeats); i < repeats; ++i) {
+    spin<<<1, 1>>>(kHeadStart);
     check(cudaEventRecord(start), "cudaEventRecord");
     call(i);
     check(cudaEventRecord(end), "cudaEventRecord");

@@ -43,17 +43,20 @@ inline int lanes_for(int64_t packs) {
 /// Bytes that all parameters of a kernel may take (CUDA 12.1 and later, sm_70 and later).
 inline constexpr size_t kParameterLimit = 32764;
 
-/// Dynamic shared memory that every GPU grants a block without being asked.
-inline constexpr int kSharedWithoutAsking = 48 * 1024;
+/// Shared memory that kernels with dynamic one may declare beside it.
+inline constexpr int kMostStaticShared = 1024;
 
-/// The most dynamic shared memory that a block may have on the current GPU beside a little static one.
+/// Dynamic shared memory that every GPU grants a block without being asked: 48 KB hold the static one too.
+inline constexpr int kSharedWithoutAsking = 48 * 1024 - kMostStaticShared;
+
+/// The most dynamic shared memory that a block may have on the current GPU.
 inline cudaError_t shared_limit(int* bytes) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   *bytes = 0;
   const cudaError_t answer = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes -= 1024;
+  *bytes -= kMostStaticShared;
   return answer;
 }
 

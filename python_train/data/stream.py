@@ -49,7 +49,8 @@ def batches(
         images, labels = (value.to(device) for value in dataset.in_memory)
         stream = iter(indices)
         while True:
-            chosen = torch.tensor(list(itertools.islice(stream, batch)), device=device)
+            chosen = torch.tensor(list(itertools.islice(stream, batch)), pin_memory=device.type == "cuda")
+            chosen = chosen.to(device, non_blocking=True)
             stored = chosen % len(images)
             rows = images[stored]
             if dataset.xflip:

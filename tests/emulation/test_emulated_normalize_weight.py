@@ -248,9 +248,10 @@ def test_table_limits(library: Library, count: int, launches: int, backward_laun
         emulated.assert_as_accurate(torch.cat([t.flatten() for t in found]), rounded, exact, f"{count} weights")
 
 
-@pytest.mark.parametrize(("size", "floats"), [(3, 4096), (512, 4096), (4100, 4100), (30000, 25088)])
+@pytest.mark.parametrize(("size", "floats"), [(3, 4096), (512, 4096), (4100, 4100), (12288, 12288), (30000, 25088)])
 def test_rows_are_held_in_shared_memory(library: Library, size: int, floats: int):
-    """A warp's row of up to 512 elements for each warp, one longer row, or as much of it as there is memory."""
+    """A warp's row of up to 512 elements for each warp, one longer row, also one of the 48 KB that a block has unasked,
+    or as much of it as there is memory."""
     case, w = Case(1, size, gain=0), weights_of([Case(1, size)], F32)
     run(library, [case], w, F32, force=True, want_out=True)
     assert library.dynamic_shared() == 4 * floats

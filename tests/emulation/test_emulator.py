@@ -52,8 +52,8 @@ def test_dynamic_shared_memory(scheduled: Library):
     if not emulated.SANITIZED:
         with pytest.raises(KernelFault, match="block 0 wrote beyond its dynamic shared memory"):
             scheduled.call("probe_reverse_dynamic", torch.ones(100), 100, 396)
-    with pytest.raises(KernelFault, match=r"error 9.* 49153 bytes of dynamic shared memory exceed the limit of 49152"):
-        scheduled.call("probe_reverse_dynamic", data, 100, 49153)
+    with pytest.raises(KernelFault, match=r"error 9.* 48129 bytes of dynamic shared memory exceed the limit of 48128"):
+        scheduled.call("probe_reverse_dynamic", data, 100, 48129)
 
 
 def test_blocks_interleave_on_demand(library: Library):

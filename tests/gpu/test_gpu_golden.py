@@ -34,16 +34,14 @@ def on_gpu(golden: Golden) -> Golden:
 def results(golden: Golden, dtype: torch.dtype, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The denoised images of the evaluation, and the gradients of the first step."""
     with edm2ext.set_backend(backend):
-        net = golden.network().to(DEVICE).eval()
+        net = golden.network().to(DEVICE)
         net.compute_dtype = dtype
         with torch.no_grad():
-            denoised = net(golden["eval.x"], golden["eval.sigma"], golden.get("eval.labels"))
-        trainer = golden.trainer(DEVICE)
-        trainer.net.compute_dtype = dtype
-        replay = Replay(golden, trainer)
-        loss = replay(trainer.net, golden["step0.images"], golden.get("step0.labels"))
+            denoised = net.eval()(golden["eval.x"], golden["eval.sigma"], golden.get("eval.labels"))
+        replay = Replay(golden, golden.trainer(DEVICE))  # of another network: it keeps gradients from the gains
+        loss = replay(net.train(), golden["step0.images"], golden.get("step0.labels"))
         (loss.sum() / golden.meta["batch"]).backward()
-        return denoised, {name: param.grad for name, param in trainer.net.named_parameters()}
+        return denoised, {name: param.grad for name, param in net.named_parameters()}
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,34 @@ def test_another_shape_captures_anew():
             eager.step(streams[0])
             step(streams[1])
     assert_same(eager, replayed)
+
+
+def test_another_thread_may_wait_for_copies_during_a_capture():
+    """As the one that writes snapshots does."""
+    stop = threading.Event()
+
+    def wait_for_copies() -> int:
+        count, source = 0, torch.ones(1000, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                count += 1
+                torch.empty(1000, pin_memory=True).copy_(source, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                event.synchronize()
+        return count
+
+    trainer = make(World(device=torch.device("cuda")), cuda_graph=True)
+    step, stream = stepper(trainer), batches(16)
+    with ThreadPoolExecutor(1) as pool:
+        copies = pool.submit(wait_for_copies)
+        try:
+            for _ in range(6):
+                step(stream)
+        finally:
+            stop.set()
+        assert copies.result() > 0
+    assert step.graph is not None
 
 
 def test_with_ddp_of_one_process(tmp_path: Path):

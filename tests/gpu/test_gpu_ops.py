@@ -174,6 +174,7 @@ def test_dropout_in_a_graph_draws_anew_at_every_replay():
 
 
 WEIGHTS = [(5, 7), (64, 128), (8, 3, 3, 3), (13, 5, 1, 1), (40, 64, 3, 3), (3, 1536, 3, 3), (2, 3584, 3, 3), (0, 4)]
+WEIGHTS += [(2, 12288)]  # 48 KB of shared memory, which are granted unasked only to kernels that declare none
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,7 +217,8 @@ def test_prepare_weights(force: bool, dtype: torch.dtype, layout: str, out_layou
         ops.prepare_weights(weights, gains, force=force, out=out)
     assert seen.names == (["edm2::prepare_weights"] if layout != "strided" or not force else [])
     torch.testing.assert_close(weights, expected_weights)
-    torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    # In float32 quotient, root and sum differ by some units each; gains make values of up to 100.
+    torch.testing.assert_close(out, expected, rtol=max(2 * torch.finfo(dtype).eps, 1e-6), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -27,11 +27,11 @@ void adam_step(Table& table) {
     for (const Weight& weight : weights)
       lists->offsets.push_back(lists->offsets.back() + weight.rows * weight.row_size);
     const Buffer raw{ends.numel, DType::kFloat32, true};
-    const Buffer zeros{ends.numel, DType::kFloat32, false};  // random squares would have no root
+    const Buffer zeros{ends.numel, DType::kFloat32, false, true};  // random squares would have no root
     const Buffer scalars{2 + kProfiles, DType::kFloat64, true};
     table.add(
         std::string("adam_step 2 profiles of ") + network.name,
-        {raw, raw, raw, zeros, raw, raw, {ends.numel, half, false}, scalars, {count, DType::kFloat64, false}},
+        {raw, raw, raw, zeros, raw, raw, {ends.numel, half, false}, scalars, {count, DType::kFloat64, false, true}},
         [=](const Pointers& p) {
           for (size_t i = 0; i < weights.size(); ++i) {
             const auto tensor = [&](size_t k) { return static_cast<float*>(p[k]) + ends.offsets[i]; };
