@@ -166,6 +166,7 @@ def _train(
             state_due = (asked or _due(nimg, options.checkpoint, done)) and nimg != first
             if state_due:
                 world.check_equal(net)
+                trainer.share_losses()
             saver.save(_due(nimg, options.snapshot) and not resumed_here, state_due, report.elapsed())
             if done or asked:
                 saver.wait()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CHECKSUMS = "checksums.json"
 _FACTS = "run.json"
+_LOSS = "loss_sum"
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -32,6 +33,7 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     nonfinite = trainer.optimizer.nonfinite if shards is None else shards.total(trainer.optimizer.nonfinite)
     state = {
         "nimg": torch.tensor(trainer.nimg),
+        _LOSS: trainer.loss_sum * trainer.world.size,
         "nonfinite": nonfinite.clone(),
         "elapsed": torch.zeros((), dtype=torch.float64),
     }
@@ -118,14 +120,19 @@ def load(path: Path, trainer: Trainer) -> float:
     """
     import torch.distributed.checkpoint as dcp
 
+    reader = dcp.FileSystemReader(path)
     state = _tensors(trainer)
+    if _LOSS not in reader.read_metadata().state_dict_metadata:  # of an earlier version
+        del state[_LOSS]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in a run of one process
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+            dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     trainer.nimg = int(state["nimg"])
+    if _LOSS in state:
+        trainer.loss_sum.copy_(state[_LOSS] / trainer.world.size)
     _set_counts(trainer, state["nonfinite"])
     trainer.refresh()
     return float(state["elapsed"])
