@@ -24,6 +24,7 @@ from python_train.run_dir import RunDir
 from python_train.saving import Saver
 from python_train.stop import Stopped, StopRequest
 from python_train.trainer import Trainer
+from python_train.versions import versions
 from python_train.world import World
 
 
@@ -38,6 +39,7 @@ def describe(
         "encoder": encoder.facts(),
         "network": net.config,
         "processes": world.size,
+        "versions": versions(world.device),
     }
 
 

@@ -121,9 +121,7 @@ def test_killed_once(whole: dict[str, object], tmp_path: Path) -> None:
     assert same(final_files(tmp_path / "run"), whole)
 
 
-def test_stopped_between_two_reports(
-    whole: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_between_two_reports(whole: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses before and after go into one mean, as if nothing had been in between."""
     with monkeypatch.context() as patch:
         at_step(patch, 1088, lambda: os.kill(os.getpid(), signal.SIGUSR1))
