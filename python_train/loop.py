@@ -213,6 +213,8 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
         if "folder" in state[0]:
             return sharded_state.load(Path(state[0]["folder"]), trainer)
         trainer.load_state_dict(state[0])
+    except UserError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the training state does not fit this network ({error}); choose another --outdir") from error
     return state[0]["elapsed"]

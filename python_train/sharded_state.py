@@ -115,12 +115,14 @@ def facts(path: Path) -> tuple[str, int] | None:
 def load(path: Path, trainer: Trainer) -> float:
     """Restore what `begin_save` wrote, from any number of processes, in any number; returns the time the run had taken.
 
-    The folder's index is a pickle, as torch.distributed.checkpoint writes it: load only folders that you trust. Every
-    process must call this. Raises ValueError if the state is of another network or of other averages.
+    Nothing in the folder is executed (`python_train.dcp_index`). Every process must call this. Raises ValueError if the
+    state is of another network or of other averages, UserError if it is something else.
     """
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.FileSystemReader(path)
+    from python_train.dcp_index import TensorReader
+
+    reader = TensorReader(path)
     state = _tensors(trainer)
     if _LOSS not in reader.read_metadata().state_dict_metadata:  # of an earlier version
         del state[_LOSS]
