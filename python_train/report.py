@@ -31,8 +31,9 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 .plots > * { background: #ffffff; border: 1px solid var(--line); border-radius: 6px; }
 svg, img { max-width: 100%; height: auto; } img { border-radius: 6px; }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; padding: .2rem .5rem; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0;
+figure { margin: 0; } figcaption { color: #4a5568; font-size: .85rem; padding: .2rem .5rem; }
+summary { cursor: pointer; } table { border-collapse: collapse; margin-top: .7rem; }
+td, th { text-align: left; padding: .15rem 1.2rem .15rem 0;
         border-bottom: 1px solid var(--line); vertical-align: top; } td.number { text-align: right; }
 .warning { color: #c05621; }
 """
@@ -60,6 +61,7 @@ def page(run_dir: Path) -> str:
     stats = read_stats(stats_file) if stats_file.exists() else []
     title = html.escape(run_dir.resolve().name)
     versions = description.pop("versions", {})
+    snapshots = list(_snapshots(run_dir))
     body = "\n".join(
         (
             f"<h1>{title}</h1>",
@@ -72,7 +74,7 @@ def page(run_dir: Path) -> str:
             *_section("Pictures", [_picture(file, run_dir) for file in _pictures(run_dir)]),
             *_sweeps(run_dir),
             "<h2>Snapshots</h2>",
-            _table(("file", "images", "sigma_rel", "MB"), list(_snapshots(run_dir))),
+            _folded(_table(("file", "images", "sigma_rel", "MB"), snapshots), len(snapshots)),
             "<h2>Settings</h2>",
             _table(("name", "value"), list(_flat(description))),
             "<h2>Versions</h2>",
@@ -156,7 +158,7 @@ def _curves(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
         for entry in stats
         if entry.get("Timing/sec_per_kimg", math.nan) > 0
     ]
-    yield from _lines(speeds, {"": "speed"}, "images per second", [GREY], bottom=0)
+    yield from _lines(speeds, {"": "speed"}, "images per second", [GREY], from_zero=True)
 
 
 def _lines(
@@ -164,7 +166,7 @@ def _lines(
     keys: dict[str, str],
     ylabel: str,
     colors: Sequence[str] = (),
-    bottom: float | None = None,
+    from_zero: bool = False,
 ) -> Iterator[Figure]:
     """A plot with a line for each entry of the statistics, by label; none where there is nothing to draw."""
     series = {label: _series(stats, key) for label, key in keys.items()}
@@ -177,8 +179,8 @@ def _lines(
     for label, (x, y) in series.items():
         axes.plot(x, y, ".-", linewidth=1.2, markersize=3, label=label or None)
     axes.set_xlim(0, 1.03 * stats[-1]["Progress/kimg"] or 1)
-    if bottom is not None:
-        axes.set_ylim(bottom=bottom)
+    if from_zero:
+        axes.set_ylim(0, 1.08 * max(max(y) for _, y in series.values()) or 1)
     if any(series):
         axes.legend(frameon=False, fontsize="small", ncols=2)
     yield figure
@@ -190,7 +192,7 @@ def _magnitudes(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
     for kind in ("activations", "weights"):
         for which, label in (("max", "largest"), ("mean", "mean")):
             keys = {name: f"Magnitude/{name}/{kind}_{which}" for name in names}
-            yield from _lines(stats, keys, f"{kind}, {label} magnitude", bottom=0)
+            yield from _lines(stats, keys, f"{kind}, {label} magnitude", from_zero=True)
 
 
 def _out_of_range(stats: Sequence[dict[str, float]]) -> Iterator[str]:
@@ -206,7 +208,7 @@ def _out_of_range(stats: Sequence[dict[str, float]]) -> Iterator[str]:
                 (clipped, "largest part clipped at ±256"),
                 ({"": _NOT_FINITE}, "gradient values not finite"),
             )
-            for figure in _lines(stats, {k: v for k, v in keys.items() if v in happened}, label, bottom=0)
+            for figure in _lines(stats, {k: v for k, v in keys.items() if v in happened}, label, from_zero=True)
         ],
     )
     if stats and not happened:
@@ -227,7 +229,8 @@ def _noise_levels(stats: Sequence[dict[str, float]]) -> Iterator[Figure]:
     for color, (kimg, entry) in zip((GREY, ORANGE, BLUE), chosen.items(), strict=False):
         sigmas = [match[1] for key in entry if (match := _NOISE.fullmatch(key))]
         x = [float(sigma) for sigma in sigmas]
-        axes.plot(x, [entry[f"Noise/{s}/error"] for s in sigmas], "o", color=color, label=f"{kimg:,.0f}k: measured")
+        seen = f"{kimg:,.0f}k" if kimg >= 10 else f"{kimg:.3g}k"
+        axes.plot(x, [entry[f"Noise/{s}/error"] for s in sigmas], "o", color=color, label=f"{seen}: measured")
         expected = [entry.get(f"Noise/{s}/expected", math.nan) for s in sigmas]
         axes.plot(x, expected, color=color, linewidth=1.2, label="expected, exp u(σ)")
     figure.legend(frameon=False, fontsize="small", ncols=len(chosen), loc="outside lower center")
@@ -318,6 +321,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
     lines += ["".join(map(cell, row)) for row in rows]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _folded(table: str, rows: int) -> str:
+    """A table that is folded up if it is long."""
+    return f"<details{' open' * (rows <= 16)}><summary>{rows} files</summary>{table}</details>"
 
 
 @click.command()
