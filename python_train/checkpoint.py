@@ -29,6 +29,10 @@ from python_train.network import Precond
 
 FORMAT_VERSION = 2  # 1: snapshots had no checksum, training states no run and no loss scale
 HEADER_KEYS = ("format_version", "config", "nimg", "sigma_rel", "ema_kind", "dataset", "encoder")
+_HEADER_TYPES = {
+    "config": dict, "nimg": int | None, "sigma_rel": float | int | None, "ema_kind": str, "dataset": dict,
+    "encoder": dict,
+}  # fmt: skip
 _STATE_NAME = re.compile(r"training-state-(\d{7,})\.(pt|dcp)")
 
 _UNREADABLE = (
@@ -150,13 +154,16 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (safetensors.SafetensorError, OSError) as error:
         raise DamagedError(f"{path} is damaged or not a safetensors file ({error})") from error
     try:
-        header = json.loads(metadata["edm2"])
-    except (KeyError, ValueError) as error:
+        header = dict(json.loads(metadata["edm2"]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a snapshot of this program: its metadata has no 'edm2' header") from error
     missing = [key for key in HEADER_KEYS if key not in header]
     if missing:
         raise UserError(f"{path}: the snapshot header lacks {', '.join(missing)}")
     require_known(path, header["format_version"])
+    for key, kinds in _HEADER_TYPES.items():
+        if not isinstance(header[key], kinds):
+            raise UserError(f"{path}: the snapshot header has the {key} {header[key]!r:.40}")
     return header
 
 
@@ -195,11 +202,14 @@ def load_snapshot(path: str | os.PathLike[str], device: str | torch.device = "cp
     header = read_header(path)
     tensors = read_tensors(path)
     try:
+        config = header["config"]
+        if config.get("num_blocks", 0) * len(config.get("channel_mult", ())) > len(tensors):
+            raise ValueError("it has fewer tensors than blocks")  # of which there could be any number
         with torch.device("meta"):
-            net = Precond(**header["config"])
+            net = Precond(**config)
         state = {name: value.to(device, torch.float32) for name, value in tensors.items()}
         net.load_state_dict(state, assign=True)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise DamagedError(f"{path}: the snapshot is damaged or does not fit its configuration ({error})") from error
     return net.eval().requires_grad_(False), header
 

@@ -232,7 +232,7 @@ FREE_TO_CHANGE = frozenset(
     {"duration", "slice", "status", "snapshot", "snapshot_storage", "checkpoint", "parallel", "recompute", "cuda_graph"}
     | {"sample", "metric_images", "vae", "tensorboard", "wandb", "keep", "keep_every"}
 )
-_NOT_OPTIONS = frozenset({"format_version", "run"})
+_NOT_OPTIONS = frozenset({"format_version", "run", "versions"})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -24,6 +24,7 @@ from python_train.run_dir import RunDir
 from python_train.saving import Saver
 from python_train.stop import Stopped, StopRequest
 from python_train.trainer import Trainer
+from python_train.versions import versions
 from python_train.world import World
 
 
@@ -38,6 +39,7 @@ def describe(
         "encoder": encoder.facts(),
         "network": net.config,
         "processes": world.size,
+        "versions": versions(world.device),
     }
 
 
@@ -166,6 +168,7 @@ def _train(
             state_due = (asked or _due(nimg, options.checkpoint, done)) and nimg != first
             if state_due:
                 world.check_equal(net)
+                trainer.share_losses()
             saver.save(_due(nimg, options.snapshot) and not resumed_here, state_due, report.elapsed())
             if done or asked:
                 saver.wait()
@@ -210,6 +213,8 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
         if "folder" in state[0]:
             return sharded_state.load(Path(state[0]["folder"]), trainer)
         trainer.load_state_dict(state[0])
+    except UserError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the training state does not fit this network ({error}); choose another --outdir") from error
     return state[0]["elapsed"]

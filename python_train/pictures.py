@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +101,15 @@ def read_stats(path: Path) -> list[dict[str, float]]:
 
 
 def _parse_line(line: str) -> dict[str, float] | None:
+    """The numbers of an entry; None if it is none, or does not tell its place."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and "Progress/kimg" in entry else None
+    known = entry.items() if isinstance(entry, dict) else ()
+    numbers = {key: value for key, value in known if isinstance(value, float) or type(value) is int}
+    numbers = {key: value for key, value in numbers.items() if not abs(value) > sys.float_info.max}
+    return numbers if math.isfinite(numbers.get("Progress/kimg", math.nan)) else None
 
 
 def _new_figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:

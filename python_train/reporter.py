@@ -91,8 +91,9 @@ class Reporter:
             for sigma_rel, grid in grids.items():
                 save_png(self.run.path / f"samples-{nimg // 1000:07d}-{sigma_rel}.png", grid)
             self.run.append_stats({key: float(_format(key, value)) for key, value in stats.items()})
+            shown = {key: value for key, value in stats.items() if "/" in key}  # sinks have clocks of their own
             for sink in self.sinks:
-                sink.write(nimg, stats, {f"Samples/{sigma_rel}": grid for sigma_rel, grid in grids.items()})
+                sink.write(nimg, shown, {f"Samples/{sigma_rel}": grid for sigma_rel, grid in grids.items()})
         self.nonfinite_reported = nonfinite
         self.tick_start, self.tick_nimg = now, nimg
         self.maintenance, self.maintenance_start = 0.0, now

@@ -68,7 +68,7 @@ class RunDir:
             defaults = config.TrainOptions().to_json()
             younger = self.description["options"].keys() - stored["options"].keys()
             stored["options"] |= {name: defaults[name] for name in younger & defaults.keys()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error})") from error
         checkpoint.require_known(path, stored.get("format_version", 1))
         return stored

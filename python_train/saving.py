@@ -58,7 +58,7 @@ class Saver:
 
     What is to be written, which later steps change, is copied to the CPU; on a GPU the copies are queued behind the
     step that was launched last, and nothing waits for them here. A state that is shared out over the processes is
-    written by all of them at once, and waited for.
+    written by all of them at once, who then speak to each other by a process group of their own.
     """
 
     def __init__(self, trainer: Trainer, run: RunDir | None, dataset: dict[str, Any], encoder: dict[str, Any]) -> None:
@@ -66,6 +66,7 @@ class Saver:
         self.run = run
         self.facts = {"dataset": dataset, "encoder": encoder}
         self.writer = Writer()
+        self._group = None if trainer.shards is None else torch.distributed.new_group(backend="gloo")
 
     def save(self, snapshots: bool, state: bool, elapsed: float) -> None:
         """Write a snapshot of each tracked average (spec 5.3), or the training state, or both, in this order: a run
@@ -75,8 +76,9 @@ class Saver:
             return
         self.writer.wait()
         work = list(self._snapshots()) if snapshots else []
-        shared = self.trainer.shards is not None
-        if state and not shared and self.run is not None:
+        if state and self._group is not None:
+            work.append(self._shared_state(self._group, elapsed))
+        elif state and self.run is not None:
             work.append(self._state(self.run, elapsed))
         ready = _end_of_copies(self.trainer.world.device)
 
@@ -86,9 +88,6 @@ class Saver:
                 work.pop(0)()  # and frees its copies
 
         self.writer.submit(write)
-        if state and shared:
-            self.writer.wait()
-            self._save_shared_state(elapsed)
 
     def _snapshots(self) -> Iterator[Work]:
         trainer, storage = self.trainer, self.trainer.options.snapshot_storage
@@ -113,14 +112,19 @@ class Saver:
 
         return write
 
-    def _save_shared_state(self, elapsed: float) -> None:
+    def _shared_state(self, group: torch.distributed.ProcessGroup, elapsed: float) -> Work:
         run, nimg = self.run, self.trainer.nimg
         place = [None if run is None else (run.path / checkpoint.state_name(nimg, sharded=True), run.name)]
         torch.distributed.broadcast_object_list(place, src=0)
         path, name = place[0]
-        sharded_state.save(path, self.trainer, elapsed, name)
-        if run is not None:
-            self._drop_old_states(run, nimg)
+        complete = sharded_state.begin_save(path, self.trainer, elapsed, name, group)
+
+        def write() -> None:
+            complete()
+            if run is not None:
+                self._drop_old_states(run, nimg)
+
+        return write
 
     def _drop_old_states(self, run: RunDir, nimg: int) -> None:
         options = self.trainer.options

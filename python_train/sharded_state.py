@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _CHECKSUMS = "checksums.json"
 _FACTS = "run.json"
+_LOSS = "loss_sum"
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -31,6 +33,7 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     nonfinite = trainer.optimizer.nonfinite if shards is None else shards.total(trainer.optimizer.nonfinite)
     state = {
         "nimg": torch.tensor(trainer.nimg),
+        _LOSS: trainer.loss_sum * trainer.world.size,
         "nonfinite": nonfinite.clone(),
         "elapsed": torch.zeros((), dtype=torch.float64),
     }
@@ -47,41 +50,51 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     return state
 
 
-def save(path: Path, trainer: Trainer, elapsed: float, run: str = "") -> None:
-    """Write the training state as a folder of torch.distributed.checkpoint, to which every process adds its part.
+def begin_save(
+    path: Path, trainer: Trainer, elapsed: float, run: str, group: torch.distributed.ProcessGroup
+) -> Callable[[], None]:
+    """Copy the training state, and begin to write it, while training goes on, as a folder of
+    torch.distributed.checkpoint, to which every process adds its part. What is returned waits for that and completes
+    the folder.
 
     The folder appears when it is whole, with checksums of its files, and says of which ``run`` it is. Every process
-    must call this, and see the same file system. Raises OSError on every process if any cannot write.
+    must call both, and see the same file system; ``group``, of a backend for CPUs, is theirs alone until the folder is
+    complete. Completing it raises OSError on every process if any cannot write.
     """
     import torch.distributed.checkpoint as dcp  # 2 seconds
 
-    rank, size = trainer.world.rank, trainer.world.size
+    nimg, rank, size = trainer.nimg, trainer.world.rank, trainer.world.size
     temporary = path.with_name(f".{path.name}.tmp")
     state = _tensors(trainer)
     state["elapsed"].fill_(elapsed)
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    trainer.world.wait()
-    try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary))
-    except dcp.CheckpointException as error:
-        causes = [failure for failure, _ in error.failures.values()]
-        raise OSError(f"cannot write {path}: {causes[0]}") from error
-    own = {file.name: _checksum(file) for file in temporary.glob(f"__{rank}_*")}
-    parts: list[dict[str, int]] = [own] * size
-    torch.distributed.all_gather_object(parts, own)
-    if rank == 0:
-        sums = {name: value for part in parts for name, value in part.items()}
-        (temporary / _FACTS).write_text(json.dumps({"run": run, "nimg": trainer.nimg}))
-        sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
-        (temporary / _CHECKSUMS).write_text(json.dumps(sums))
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    trainer.world.wait()
+    torch.distributed.barrier(group)
+    written = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+
+    def complete() -> None:
+        try:
+            written.result()
+        except dcp.CheckpointException as error:
+            causes = [failure for failure, _ in error.failures.values()]
+            raise OSError(f"cannot write {path}: {causes[0]}") from error
+        own = {file.name: _checksum(file) for file in temporary.glob(f"__{rank}_*")}
+        parts: list[dict[str, int]] = [own] * size
+        torch.distributed.all_gather_object(parts, own, group)
+        if rank == 0:
+            sums = {name: value for part in parts for name, value in part.items()}
+            (temporary / _FACTS).write_text(json.dumps({"run": run, "nimg": nimg}))
+            sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
+            (temporary / _CHECKSUMS).write_text(json.dumps(sums))
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        torch.distributed.barrier(group)
+
+    return complete
 
 
 def check(path: Path) -> None:
-    """Raises DamagedError unless a folder written by `save` is whole and no byte of it has changed."""
+    """Raises DamagedError unless a folder written by `begin_save` is whole and no byte of it has changed."""
     try:
         sums = json.loads((path / _CHECKSUMS).read_text())
         changed = [name for name, value in sums.items() if _checksum(path / name) != value]
@@ -92,7 +105,7 @@ def check(path: Path) -> None:
 
 
 def facts(path: Path) -> tuple[str, int] | None:
-    """(run, nimg) of a folder written by `save`; None if it does not tell."""
+    """(run, nimg) of a folder written by `begin_save`; None if it does not tell."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         told = json.loads((path / _FACTS).read_text())
         return told["run"], told["nimg"]
@@ -100,21 +113,28 @@ def facts(path: Path) -> tuple[str, int] | None:
 
 
 def load(path: Path, trainer: Trainer) -> float:
-    """Restore what `save` wrote, from any number of processes, in any number; returns the time the run had taken.
+    """Restore what `begin_save` wrote, from any number of processes, in any number; returns the time the run had taken.
 
-    The folder's index is a pickle, as torch.distributed.checkpoint writes it: load only folders that you trust. Every
-    process must call this. Raises ValueError if the state is of another network or of other averages.
+    Nothing in the folder is executed (`python_train.dcp_index`). Every process must call this. Raises ValueError if the
+    state is of another network or of other averages, UserError if it is something else.
     """
     import torch.distributed.checkpoint as dcp
 
+    from python_train.dcp_index import TensorReader
+
+    reader = TensorReader(path)
     state = _tensors(trainer)
+    if _LOSS not in reader.read_metadata().state_dict_metadata:  # of an earlier version
+        del state[_LOSS]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in a run of one process
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+            dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     trainer.nimg = int(state["nimg"])
+    if _LOSS in state:
+        trainer.loss_sum.copy_(state[_LOSS] / trainer.world.size)
     _set_counts(trainer, state["nonfinite"])
     trainer.refresh()
     return float(state["elapsed"])

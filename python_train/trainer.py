@@ -208,6 +208,14 @@ class Trainer:
         self.loss_sum.zero_()
         return total / count if count else math.nan
 
+    def share_losses(self) -> None:
+        """Before the state is saved: give every process an equal share of what `mean_loss` would sum up. All processes
+        call this together."""
+        self._sum_losses()
+        if self.world.size > 1:
+            torch.distributed.all_reduce(self.loss_sum)
+            self.loss_sum /= self.world.size
+
     def _sum_losses(self) -> None:
         if self.losses:
             means = torch.cat([mean.reshape(-1) for mean in self.losses]).double()
@@ -234,9 +242,11 @@ class Trainer:
         return net.to(self.world.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on besides the options; with shards see `python_train.sharded_state`."""
+        """Everything the next step and report depend on besides the options, after `share_losses`; with shards see
+        `python_train.sharded_state`."""
         return {
             "nimg": self.nimg,
+            "loss_sum": self.loss_sum * self.world.size,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
@@ -248,6 +258,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved, with or without shards."""
         tune.load(state.get("convolutions", {}))
+        if "loss_sum" in state:  # format 1 has none
+            self.loss_sum.copy_(state["loss_sum"] / self.world.size)
         if self.shards is not None:
             sharded_state.take(state, self)
             return

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from python_train import UserError, checkpoint
 from python_train.network import Precond
@@ -82,7 +84,7 @@ def test_bad_snapshots(tmp_path: Path) -> None:
         checkpoint.load_snapshot(path)
     for change, message in (
         ({"format_version": 3}, "format version 3; this program reads 1 to 2"),
-        ({"config": None}, "does not fit"),
+        ({"config": None}, "the snapshot header has the config None"),
     ):
         safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"edm2": json.dumps({**header, **change})})
         with pytest.raises(UserError, match=message):
@@ -90,6 +92,50 @@ def test_bad_snapshots(tmp_path: Path) -> None:
     header.pop("encoder")
     safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"edm2": json.dumps(header)})
     with pytest.raises(UserError, match="header lacks encoder"):
+        checkpoint.load_snapshot(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(header=st.dictionaries(st.sampled_from(checkpoint.HEADER_KEYS[1:]), json_values, max_size=2),
+       config=st.dictionaries(st.sampled_from(list(small_net().config)), json_values, max_size=2))  # fmt: skip
+def test_any_header(tmp_path: Path, header: dict[str, object], config: dict[str, object]) -> None:
+    """A network as the header says, or an error that names the file."""
+    net = small_net()
+    facts = {"format_version": 1, "config": {**net.config, **config}, **HEADER, **header}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(dict(net.state_dict()), path, {"edm2": json.dumps(facts)})
+    try:
+        found, said = checkpoint.load_snapshot(path)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        assert said == facts
+        assert {name: p.shape for name, p in found.named_parameters()} == {
+            n: p.shape for n, p in net.named_parameters()
+        }
+
+
+@pytest.mark.parametrize("header", ["3", "null", "[1]", "[" * 100000, '"format_version"', "{"])
+def test_headers_that_are_none(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(dict(small_net().state_dict()), path, {"edm2": header})
+    with pytest.raises(UserError, match="is not a snapshot of this program"):
+        checkpoint.load_snapshot(path)
+
+
+def test_more_blocks_than_tensors(tmp_path: Path) -> None:
+    net = small_net()
+    facts = {"format_version": 1, **HEADER, "config": {**net.config, "num_blocks": 10**9}}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(dict(net.state_dict()), path, {"edm2": json.dumps(facts)})
+    with pytest.raises(UserError, match="fewer tensors than blocks"):
         checkpoint.load_snapshot(path)
 
 

@@ -33,6 +33,7 @@ from python_train.reconstruct.snapshots import find_snapshots, open_snapshots
 from python_train.rng import epoch_order
 from python_train.run_dir import RunDir
 from python_train.snapshot_storage import save_tracked, tracked
+from python_train.stop import Stopped
 from python_train.trainer import Trainer
 
 OLD_RUN = Path(__file__).parents[1] / "golden" / "run_format_1"
@@ -117,6 +118,16 @@ def test_killed_once(whole: dict[str, object], tmp_path: Path) -> None:
     process.kill()
     process.join()
     assert run(SHORT, tmp_path / "run") == SHORT.duration
+    assert same(final_files(tmp_path / "run"), whole)
+
+
+def test_stopped_between_two_reports(whole: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses before and after go into one mean, as if nothing had been in between."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 1088, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(Stopped, match="1,152 images are done"):
+            run(SHORT, tmp_path / "run")
+    run(SHORT, tmp_path / "run")
     assert same(final_files(tmp_path / "run"), whole)
 
 

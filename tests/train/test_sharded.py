@@ -65,7 +65,8 @@ def raw_gradients(trainer: Trainer) -> list[Tensor]:
 
 
 def train(trainer: Trainer, steps: int, folder: Path | None = None) -> dict[str, list]:
-    """Whole gradients of each step, and whole weights and averages after them; on rank 0."""
+    """Whole gradients of each step, and whole weights and averages after them; on rank 0. The state after `SAVED_AFTER`
+    steps is written to ``folder`` during those that follow."""
     grads: list[list[Tensor]] = []
     step = trainer.optimizer.step
 
@@ -81,7 +82,10 @@ def train(trainer: Trainer, steps: int, folder: Path | None = None) -> dict[str,
     for count in range(1, steps + 1):
         trainer.step(stream)
         if folder is not None and count == SAVED_AFTER:
-            sharded_state.save(folder, trainer, elapsed=7.5)
+            group = torch.distributed.new_group(backend="gloo")
+            complete = sharded_state.begin_save(folder, trainer, 7.5, "run", group)
+    if folder is not None:
+        complete()
     trainer.optimizer.step = step
     trainer.world.check_equal(trainer.net)
     return {
