@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edm2ext import tune
 from python_train.checkpoint import DamagedError
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def save(path: Path, trainer: Trainer, elapsed: float, run: str = "") -> None:
     torch.distributed.all_gather_object(parts, own)
     if rank == 0:
         sums = {name: value for part in parts for name, value in part.items()}
-        (temporary / _FACTS).write_text(json.dumps({"run": run, "nimg": trainer.nimg}))
+        told = {"run": run, "nimg": trainer.nimg, "convolutions": tune.choices()}
+        (temporary / _FACTS).write_text(json.dumps(told))
         sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
         (temporary / _CHECKSUMS).write_text(json.dumps(sums))
         shutil.rmtree(path, ignore_errors=True)
@@ -116,6 +118,8 @@ def load(path: Path, trainer: Trainer) -> float:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     trainer.nimg = int(state["nimg"])
     _set_counts(trainer, state["nonfinite"])
+    with contextlib.suppress(FileNotFoundError):  # an older folder
+        tune.load(json.loads((path / _FACTS).read_text()).get("convolutions", {}))
     trainer.refresh()
     return float(state["elapsed"])
 
