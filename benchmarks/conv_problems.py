@@ -35,9 +35,9 @@ from python_train.plan import NOMINAL_DATA
 
 BATCHES = (8, 32, 128)
 DIRECTIONS = ("forward", "grad x", "grad w")
-_LATENCY = 1.0e-6  # seconds until a block's first operands are there, and for storing its sums
-_LAUNCH = 3.0e-6
-_UTILITY = 0.85  # of a multiprocessor's tensor cores while it multiplies
+LATENCY = 1.0e-6  # seconds until a block's first operands are there, and for storing its sums
+LAUNCH = 3.0e-6
+UTILITY = 0.85  # of a multiprocessor's tensor cores while it multiplies
 _WGMMA_UTILITY = 0.75  # power holds the clock down
 
 
@@ -145,14 +145,14 @@ def predict(problem: Problem, batch: int, direction: int, gpu: GPU, wgmma: bool 
         return made._replace(bound=_bound(problem, batch, direction, gpu, wgmma), padding=_padding(problem, batch, gpu))
     chosen = plan(problem, batch, direction, gpu, wgmma)
     peak = gpu.peak / 2 * (1 if wgmma else gpu.mma_share)  # multiply-adds/s
-    utility = _WGMMA_UTILITY if wgmma else _UTILITY
+    utility = _WGMMA_UTILITY if wgmma else UTILITY
     of_block = chosen.rows * chosen.columns * chosen.steps * chosen.depth
     rounds = -(-chosen.blocks // gpu.multiprocessors)
     waves = -(-chosen.blocks // (gpu.multiprocessors * chosen.resident))
-    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * utility) + waves * _LATENCY
+    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * utility) + waves * LATENCY
     parts = 0.0
     if chosen.splits > 1:
-        parts = 2 * 4 * chosen.splits * chosen.sum_rows * chosen.sum_columns / gpu.bandwidth + _LAUNCH
+        parts = 2 * 4 * chosen.splits * chosen.sum_rows * chosen.sum_columns / gpu.bandwidth + LAUNCH
     memory = _moved(problem, batch, direction) / gpu.bandwidth
     return Prediction(chosen, rounds, arithmetic, memory, parts, _bound(problem, batch, direction, gpu, wgmma))
 
@@ -173,7 +173,7 @@ def _padding(problem: Problem, batch: int, gpu: GPU) -> float:
     """Of copies of the images to padded channels, or back; those of weights are small."""
     pixels = batch * problem.height * problem.width
     changed = [pair for pair in zip(problem[2:4], problem.padded()[2:4], strict=True) if pair[0] != pair[1]]
-    return sum(2 * pixels * (few + many) / gpu.bandwidth + _LAUNCH for few, many in changed)
+    return sum(2 * pixels * (few + many) / gpu.bandwidth + LAUNCH for few, many in changed)
 
 
 def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool = False) -> Iterator[dict[str, object]]:

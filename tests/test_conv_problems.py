@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import conv, conv_problems, conv_prologues
+from benchmarks import conv, conv_fusions, conv_problems
 from benchmarks.conv_problems import GPUS, Problem, predict, problems_of
 from edm2ext.nn import MPConv
 from python_train.config import make_options
@@ -42,26 +42,28 @@ def test_padding_is_predicted():
     assert narrow.padded() == wide == wide.padded()
     made, whole = (predict(problem, 32, 0, gpu) for problem in (narrow, wide))
     copied = 2 * 32 * 64 * 64 * (5 + 8) / gpu.bandwidth
-    assert made.time - whole.time == pytest.approx(copied + conv_problems._LAUNCH)
+    assert made.time - whole.time == pytest.approx(copied + conv_problems.LAUNCH)
     assert made.bound < whole.bound
 
 
-def test_prologues():
+def test_fusions():
     """What is moved less is saved, and MP-SiLU on load cannot be free."""
     gpu = GPUS["H200"]
-    blocks = conv_prologues.places("img512-xs")
+    blocks = conv_fusions.places("img512-xs")
     wide = [place.problem(b.conv_skip) for place in blocks if (b := place.block).flavor == "dec" and b.conv_skip]
     assert len(wide) == 16
-    cat = conv_prologues.cat_halves("img512-xs", 8, gpu, False)
+    cat = conv_fusions.cat_halves("img512-xs", 8, gpu, False)
     assert cat.without - cat.with_it == pytest.approx(
         sum(2 * 8 * p.height * p.width * p.channels for p in wide) / gpu.bandwidth
     )
-    up = conv_prologues.upsampling("img512-xs", 8, gpu, False)
+    attention = conv_fusions.heads("img512-xs", 32, gpu, False)
+    assert attention.with_it < attention.without
+    up = conv_fusions.upsampling("img512-xs", 8, gpu, False)
     assert up.with_it < up.without
-    hidden, additional = (conv_prologues.silu_on_load("img512-xs", 8, gpu, False, hidden) for hidden in (True, False))
+    hidden, additional = (conv_fusions.silu_on_load("img512-xs", 8, gpu, False, hidden) for hidden in (True, False))
     assert hidden.without == additional.without
     assert hidden.with_it < additional.with_it
-    result = CliRunner().invoke(conv_prologues.main, ["--preset", "img512-xs", "--batch", "8"])
+    result = CliRunner().invoke(conv_fusions.main, ["--preset", "img512-xs", "--batch", "8"])
     assert result.exit_code == 0, result.output
     assert "| img512-xs | 8 |" in result.output
 

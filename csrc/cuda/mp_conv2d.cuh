@@ -562,8 +562,7 @@ __device__ void store_heads(const ConvArguments<T>& args, int row, int column, u
     for (int pack = 0; pack < 3; ++pack) {
       const auto low = load<4>(source + pack * kConvPack);
       const auto high = load<4>(source + pack * kConvPack + 4);
-      const auto y =
-          rounded<T>({low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]});
+      const auto y = rounded<T>({low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]});
       if (is_row && args.output.y != nullptr) {
         store(args.output.y + int64_t{at_row} * args.columns + column + 3 * channel + pack * kConvPack, y);
       }

@@ -56,8 +56,10 @@ class _CosineAttention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, like: Tensor) -> Tensor:
-    """The rest of `cosine_attention`, on q, k and v [N, heads, pixels, d] that are normalised already: [N, heads * d, *]
-    with `like`'s spatial sizes and memory format."""
+    """The rest of `cosine_attention`, on q, k and v [N, heads, pixels, d] that are normalised already.
+
+    Returns [N, heads * d, *] with `like`'s spatial sizes and memory format.
+    """
     if any(part.requires_grad for part in (q, k, v)) and torch.is_grad_enabled():
         return _Attention.apply(q, k, v, like.detach())
     return _attend(q, k, v, like)[0]

@@ -87,7 +87,7 @@ class SumWith(NamedTuple):
 
 
 class CosineAttention(NamedTuple):
-    """What may follow a convolution y: cosine_attention(y, num_heads) (2.12), whose q, k and v our kernels normalise."""
+    """What may follow a convolution y: cosine_attention(y, num_heads) (2.12); our kernels normalise q, k and v."""
 
     num_heads: int
 

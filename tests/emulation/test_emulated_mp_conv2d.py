@@ -293,7 +293,8 @@ def test_heads_are_where_they_belong(library: Library, case: Case):
     w[:, 0, case.r // 2, case.s // 2] = signs.half() * (1 + torch.arange(case.k) % 3)
     for keep in (True, False):
         (*parts, y) = emulated.under_all_schedules(
-            library, lambda: with_heads(library, case, x, w, keep=keep)  # noqa: B023
+            library,
+            lambda: with_heads(library, case, x, w, keep=keep),  # noqa: B023
         )
         expected = plain(FORWARD, x.float(), w.float(), case)
         assert torch.equal(y.float(), expected) if keep else y.isnan().all()

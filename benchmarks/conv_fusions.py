@@ -1,10 +1,10 @@
-"""What convolutions that do on load what an element-wise pass does before them would save, by the model of
-`benchmarks.conv_problems`.
+"""What it saves, by the model of `benchmarks.conv_problems`, if convolutions do while loading or storing what passes of
+their own do before or after them.
 
-python -m benchmarks.conv_prologues [--preset img512-s ...] [--batch 32 ...] [--gpu H200] [--wgmma]
+python -m benchmarks.conv_fusions [--preset img512-s ...] [--batch 32 ...] [--gpu H200] [--wgmma]
 
-**All times are predictions**, of the forward pass: the passes that a prologue changes and the convolutions behind them,
-without it and with it. With P the bytes of the convolution's input:
+**All times are predictions**, of the forward pass in training: the passes that a fusion changes and their convolutions,
+without it and with it. With P the bytes of the convolution's input, and Q of its output:
 
   MP-Cat halves   the 1x1 skip convolution of a decoder block reads both inputs of MP-Cat. Without: MP-Cat reads P and
                   writes P and, of MP-SiLU, P. With: it writes MP-SiLU only.
@@ -15,6 +15,8 @@ without it and with it. With P the bytes of the convolution's input:
                   With: an exponential and a quotient, of 16 a cycle and multiprocessor, for every element on its way to
                   shared memory, nine times for nine taps and again for every column of tiles. Two figures: if all of it
                   hides behind the products, and if none does.
+  q, k and v      the 1x1 convolution before attention normalises them while storing. Without: a pass reads Q and writes
+                  Q. With: the convolution writes Q more, by the tile as wide as a head and with whole sums.
 """
 
 import functools
@@ -24,7 +26,18 @@ from typing import NamedTuple
 import click
 import torch
 
-from benchmarks.conv_problems import BATCHES, EDM2_PRESETS, GPU, GPUS, Problem, predict, problems_of
+from benchmarks.conv_problems import (
+    BATCHES,
+    EDM2_PRESETS,
+    GPU,
+    GPUS,
+    LATENCY,
+    LAUNCH,
+    UTILITY,
+    Problem,
+    predict,
+    problems_of,
+)
 from python_train.config import make_options
 from python_train.network import Block, Precond
 from python_train.plan import NOMINAL_DATA
@@ -78,8 +91,8 @@ def cat_halves(preset: str, batch: int, gpu: GPU, wgmma: bool) -> Saving:
             problem = place.problem(place.block.conv_skip)
             moved = _input_bytes(problem, batch) / gpu.bandwidth
             product = predict(problem, batch, 0, gpu, wgmma).time
-            without += 3 * moved + product
-            with_it += 2 * moved + product
+            without += 3 * moved + LAUNCH + product
+            with_it += 2 * moved + LAUNCH + product
     return Saving(without, with_it)
 
 
@@ -110,9 +123,26 @@ def silu_on_load(preset: str, batch: int, gpu: GPU, wgmma: bool, hidden: bool) -
     return Saving(without, with_it)
 
 
+def heads(preset: str, batch: int, gpu: GPU, wgmma: bool) -> Saving:
+    """q, k and v; the kernel that normalises them is the portable one."""
+    without = with_it = 0.0
+    for place in places(preset):
+        if place.block.attn_qkv is not None:
+            problem = place.problem(place.block.attn_qkv)
+            out = 2 * batch * place.height * place.width * problem.out / gpu.bandwidth
+            without += predict(problem, batch, 0, gpu, wgmma).time + 2 * out + LAUNCH
+            rows, columns = 128, 192
+            tiles = -(-batch * place.height * place.width // rows) * (problem.out // columns)
+            rounds = -(-tiles // gpu.multiprocessors)
+            rate = gpu.peak / 2 * gpu.mma_share * UTILITY / gpu.multiprocessors
+            arithmetic = rounds * (rows * columns * -(-problem.channels // 32) * 32 / rate + LATENCY)
+            with_it += max(arithmetic, predict(problem, batch, 0, gpu).memory + out)
+    return Saving(without, with_it)
+
+
 def table(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool) -> Iterator[str]:
     """Markdown: milliseconds without and with each, and what it saves of all convolutions' time, gradients included."""
-    names = ("MP-Cat halves", "upsampling", "MP-SiLU, hidden", "MP-SiLU, not hidden")
+    names = ("q, k and v", "MP-Cat halves", "upsampling", "MP-SiLU, hidden", "MP-SiLU, not hidden")
     yield "| preset | batch | convolutions ms | " + " | ".join(f"{name} ms | saves" for name in names) + " |"
     yield "|---|---:|---:|" + "---:|---:|" * len(names)
     for preset in presets:
@@ -123,7 +153,7 @@ def table(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool)
                 for direction in range(3)
             )
             arguments = (preset, batch, gpu, wgmma)
-            savings = [cat_halves(*arguments), upsampling(*arguments)]
+            savings = [heads(*arguments), cat_halves(*arguments), upsampling(*arguments)]
             savings += [silu_on_load(*arguments, hidden) for hidden in (True, False)]
             cells = [
                 f"{saving.without * 1e3:.3f} → {saving.with_it * 1e3:.3f} | "
