@@ -170,7 +170,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ("mp_conv2d.cuh", "const int64_t sample = divide(row, output.by_pixels)", "const int64_t sample = 0"),
     ("mp_conv2d.cuh", "const bool is_row = at_row < args.rows;", "const bool is_row = true;"),
     ("mp_conv2d.cu", "heads && (!whole || shape.out", "heads && (shape.out"),
-    ("mp_conv2d_plan.h", "return plan.splits > 1 ?", "return plan.splits >= 1 ?"),
     ("mp_conv2d.cu", "plan.splits > std::max<int64_t>(product.steps, 1)", "false"),
     ("image.cuh", "first - outer * inner", "first"),
     ("image.cuh", "if (++within == inner) {", "if (++within > inner) {"),
