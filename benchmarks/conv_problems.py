@@ -9,6 +9,8 @@ takes the longer of arithmetic and memory traffic:
     time = max(rounds * (products of a block / share of the tensor cores + latency), bytes / bandwidth) + parts
     parts = 2 * bytes of the parts of split sums / bandwidth + a launch
 
+Channels that are no multiples of 8 are padded: computed as if they were, and copied once, with a launch, on the way.
+
 The bound beside it is what no kernel can beat: max(products / peak, bytes / bandwidth), where the peak is that of
 mma.sync, or with --wgmma, for the kernels that only Hopper has, the GPU's.
 """
@@ -33,9 +35,9 @@ from python_train.plan import NOMINAL_DATA
 
 BATCHES = (8, 32, 128)
 DIRECTIONS = ("forward", "grad x", "grad w")
-_LATENCY = 1.0e-6  # seconds until a block's first operands are there, and for storing its sums
-_LAUNCH = 3.0e-6
-_UTILITY = 0.85  # of a multiprocessor's tensor cores while it multiplies
+LATENCY = 1.0e-6  # seconds until a block's first operands are there, and for storing its sums
+LAUNCH = 3.0e-6
+UTILITY = 0.85  # of a multiprocessor's tensor cores while it multiplies
 _WGMMA_UTILITY = 0.75  # power holds the clock down
 
 
@@ -69,10 +71,9 @@ class Problem(NamedTuple):
         """Multiply-adds, of either direction."""
         return batch * self.height * self.width * self.channels * self.out * self.kernel**2
 
-    @property
-    def served(self) -> bool:
-        """Whether our kernels take it; else torch's convolution does."""
-        return self.channels % 8 == 0 and self.out % 8 == 0
+    def padded(self) -> "Problem":
+        """With the channels that our kernels take."""
+        return self._replace(channels=-(-self.channels // 8) * 8, out=-(-self.out // 8) * 8)
 
     def __str__(self) -> str:
         return f"{self.kernel}x{self.kernel} {self.channels}->{self.out} at {self.height}x{self.width}"
@@ -101,10 +102,11 @@ class Prediction(NamedTuple):
     memory: float
     parts: float
     bound: float
+    padding: float = 0.0
 
     @property
     def time(self) -> float:
-        return max(self.arithmetic, self.memory) + self.parts
+        return max(self.arithmetic, self.memory) + self.parts + self.padding
 
 
 @functools.cache
@@ -116,7 +118,7 @@ def problems_of(preset: str) -> dict[Problem, int]:
     def record(layer: MPConv, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         height, width = inputs[0].shape[2:]
         assert output.shape[2:] == (height, width)
-        found[Problem(height, width, inputs[0].shape[1], output.shape[1], layer.weight.shape[2])] += 1
+        found[Problem(height, width, inputs[0].shape[1], layer.weight.shape[0], layer.weight.shape[2])] += 1
 
     with torch.device("meta"), torch.no_grad():
         net = Precond(**make_options(preset).network_config(resolution, channels, label_dim))
@@ -137,23 +139,41 @@ def plan(problem: Problem, batch: int, direction: int, gpu: GPU, wgmma: bool = F
 
 def predict(problem: Problem, batch: int, direction: int, gpu: GPU, wgmma: bool = False) -> Prediction:
     """How long a convolution or gradient in 16 bits ought to take."""
+    whole = problem.padded()
+    if whole != problem:
+        made = predict(whole, batch, direction, gpu, wgmma)
+        return made._replace(bound=_bound(problem, batch, direction, gpu, wgmma), padding=_padding(problem, batch, gpu))
     chosen = plan(problem, batch, direction, gpu, wgmma)
     peak = gpu.peak / 2 * (1 if wgmma else gpu.mma_share)  # multiply-adds/s
-    utility = _WGMMA_UTILITY if wgmma else _UTILITY
+    utility = _WGMMA_UTILITY if wgmma else UTILITY
     of_block = chosen.rows * chosen.columns * chosen.steps * chosen.depth
     rounds = -(-chosen.blocks // gpu.multiprocessors)
     waves = -(-chosen.blocks // (gpu.multiprocessors * chosen.resident))
-    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * utility) + waves * _LATENCY
-    pixels = batch * problem.height * problem.width
-    activations = 2 * pixels * (problem.channels + problem.out)
-    weight = problem.channels * problem.out * problem.kernel**2
-    moved = activations + weight * (4 if direction == 2 else 2)
+    arithmetic = rounds * of_block / (peak / gpu.multiprocessors * utility) + waves * LATENCY
     parts = 0.0
     if chosen.splits > 1:
-        parts = 2 * 4 * chosen.splits * chosen.sum_rows * chosen.sum_columns / gpu.bandwidth + _LAUNCH
-    memory = moved / gpu.bandwidth
-    bound = max(problem.products(batch) / peak, memory)
-    return Prediction(chosen, rounds, arithmetic, memory, parts, bound)
+        parts = 2 * 4 * chosen.splits * chosen.sum_rows * chosen.sum_columns / gpu.bandwidth + LAUNCH
+    memory = _moved(problem, batch, direction) / gpu.bandwidth
+    return Prediction(chosen, rounds, arithmetic, memory, parts, _bound(problem, batch, direction, gpu, wgmma))
+
+
+def _moved(problem: Problem, batch: int, direction: int) -> int:
+    """Bytes of the operands and the result."""
+    activations = 2 * batch * problem.height * problem.width * (problem.channels + problem.out)
+    weight = problem.channels * problem.out * problem.kernel**2
+    return activations + weight * (4 if direction == 2 else 2)
+
+
+def _bound(problem: Problem, batch: int, direction: int, gpu: GPU, wgmma: bool) -> float:
+    peak = gpu.peak / 2 * (1 if wgmma else gpu.mma_share)
+    return max(problem.products(batch) / peak, _moved(problem, batch, direction) / gpu.bandwidth)
+
+
+def _padding(problem: Problem, batch: int, gpu: GPU) -> float:
+    """Of copies of the images to padded channels, or back; those of weights are small."""
+    pixels = batch * problem.height * problem.width
+    changed = [pair for pair in zip(problem[2:4], problem.padded()[2:4], strict=True) if pair[0] != pair[1]]
+    return sum(2 * pixels * (few + many) / gpu.bandwidth + LAUNCH for few, many in changed)
 
 
 def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool = False) -> Iterator[dict[str, object]]:
@@ -172,33 +192,32 @@ def rows(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool =
                     "gigaproducts": round(problem.products(batch) / 1e9, 3),
                     "presets": " ".join(names),
                 }
-                if problem.served:
-                    made = predict(problem, batch, direction, gpu, wgmma)
-                    row |= {
-                        "tile": f"{made.plan.rows}x{made.plan.columns}",
-                        "splits": made.plan.splits,
-                        "blocks": made.plan.blocks,
-                        "rounds": made.rounds,
-                        "predicted_us": round(made.time * 1e6, 1),
-                        "bound_us": round(made.bound * 1e6, 1),
-                        "predicted_tflops": round(2 * problem.products(batch) / made.time / 1e12, 1),
-                    }
+                made = predict(problem, batch, direction, gpu, wgmma)
+                row |= {
+                    "tile": f"{made.plan.rows}x{made.plan.columns}",
+                    "splits": made.plan.splits,
+                    "blocks": made.plan.blocks,
+                    "rounds": made.rounds,
+                    "padding_us": round(made.padding * 1e6, 1),
+                    "predicted_us": round(made.time * 1e6, 1),
+                    "bound_us": round(made.bound * 1e6, 1),
+                    "predicted_tflops": round(2 * problem.products(batch) / made.time / 1e12, 1),
+                }
                 yield row
 
 
 def summary(presets: Sequence[str], batches: Sequence[int], gpu: GPU, wgmma: bool = False) -> Iterator[str]:
     """Markdown: the convolutions of one forward and backward pass together."""
-    yield "| preset | batch | distinct | layers | 1e12 products | not ours | predicted ms | bound ms | bound / time |"
+    yield "| preset | batch | distinct | layers | 1e12 products | padded | predicted ms | bound ms | bound / time |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for preset in presets:
         found = problems_of(preset)
         for batch in batches:
             total = sum(3 * n * p.products(batch) for p, n in found.items())
-            rest = sum(3 * n * p.products(batch) for p, n in found.items() if not p.served)
+            rest = sum(3 * n * p.products(batch) for p, n in found.items() if p.padded() != p)
             times = [
                 (n * made.time, n * made.bound)
                 for p, n in found.items()
-                if p.served
                 for made in (predict(p, batch, direction, gpu, wgmma) for direction in range(3))
             ]
             time, bound = (sum(column) for column in zip(*times, strict=True))

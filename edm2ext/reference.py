@@ -388,12 +388,21 @@ def cosine_attention(qkv: Tensor, num_heads: int) -> Tensor:
     Channel (h * d + i) * 3 + j of qkv is channel i of head h of q, k or v (j = 0, 1, 2).
     """
     checks.heads("cosine_attention", qkv, num_heads)
-    batch, channels, spatial = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2:]
-    depth = channels // num_heads
-    q, k, v = _normalize(qkv.reshape(batch, num_heads, depth, 3, spatial.numel()), dims=(2,), eps=EPS).unbind(3)
-    attention = torch.einsum("nhdq,nhdk->nhqk", q, k / math.sqrt(depth)).softmax(dim=-1)
-    out = torch.einsum("nhqk,nhdk->nhdq", attention, v).reshape(batch, channels, *spatial)
+    out = attention(*qkv_norm(qkv, num_heads)).reshape(qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:])
     return out.contiguous(memory_format=memory_format(qkv))
+
+
+def qkv_norm(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [N, 3C, *] taken apart and normalised over the channels of a head: three times [N, heads, pixels, d]."""
+    apart = qkv.reshape(qkv.shape[0], num_heads, qkv.shape[1] // (3 * num_heads), 3, qkv.shape[2:].numel())
+    q, k, v = _normalize(apart, dims=(2,), eps=EPS).transpose(2, 4).unbind(3)
+    return q, k, v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of q, k and v [N, heads, pixels, d]: [N, heads, d, pixels]."""
+    weights = torch.einsum("nhqd,nhkd->nhqk", q, k / math.sqrt(q.shape[3])).softmax(dim=-1)
+    return torch.einsum("nhqk,nhkd->nhdq", weights, v)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ _FLOPS = {
     "mp_conv2d": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
     "mp_conv2d_silu_modulated": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
     "mp_conv2d_sum": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_conv2d_qkv_norm": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
     "mp_conv2d_backward_input": lambda grad, w, *_: 2 * w.numel() * grad[:, 0].numel(),
     "mp_conv2d_backward_weight": lambda grad, x, h, w, *_: 2 * grad.numel() * x.shape[1] * h * w,
 }

@@ -35,6 +35,7 @@ from edm2ext.ops.mp_conv2d import convolve_forward, gradient_of_input, gradient_
 
 VERSION = 1  # of the file
 TORCHS = "torch"  # how a file calls the choice None
+Result = Tensor | tuple[Tensor, ...]  # q, k and v are several
 Measure = Callable[[Problem, Choice], float]  # milliseconds; raises RuntimeError where a choice cannot serve
 _MOST_PLANS = 64
 _AGAIN = 3  # the fastest are timed twice
@@ -42,7 +43,7 @@ _FLUSH_BYTES = 2**28  # more than any second-level cache
 _REPEATS = 15
 _DIFFERENCE = 0.02  # of the largest value: far above rounding in 16 bits, far below a wrong index
 _KEY = re.compile(
-    r"(forward|grad x|grad w) (\d+)x(\d+)x(\d+) (\d+)->(\d+) (\d+)x(\d+) (float16|bfloat16)( silu| sum)?( keep)?"
+    r"(forward|grad x|grad w) (\d+)x(\d+)x(\d+) (\d+)->(\d+) (\d+)x(\d+) (float16|bfloat16)( silu| sum| qkv)?( keep)?"
 )
 
 
@@ -274,7 +275,7 @@ class Timer:
         self.device = device
         self.flush = torch.empty(_FLUSH_BYTES // 4, device=device)
         self.problem: Problem | None = None
-        self.work: Callable[[], Tensor]
+        self.work: Callable[[], Result]
         self.expected: Tensor
 
     def __call__(self, problem: Problem, choice: Choice) -> float:
@@ -282,10 +283,10 @@ class Timer:
         if problem != self.problem:
             self.work = work_of(problem, self.device)
             with conv_choice.trying(problem, None):
-                self.expected = self.work().float()
+                self.expected = _values(self.work())
             self.problem = problem
         with conv_choice.trying(problem, choice):
-            difference = (self.work().float() - self.expected).abs().max().item()
+            difference = (_values(self.work()) - self.expected).abs().max().item()
             allowed = _DIFFERENCE * self.expected.abs().max().item()
             if not difference <= allowed:
                 raise RuntimeError(f"its result is off by {difference:.3g}, expected at most {allowed:.3g}")
@@ -295,7 +296,11 @@ class Timer:
         return milliseconds(self.work, self.flush)
 
 
-def work_of(problem: Problem, device: str) -> Callable[[], Tensor]:
+def _values(result: Result) -> Tensor:
+    return torch.cat([part.float().flatten() for part in ((result,) if isinstance(result, Tensor) else result)])
+
+
+def work_of(problem: Problem, device: str) -> Callable[[], Result]:
     """The convolution or gradient as ops compute it, with the choice of the moment, on random operands."""
     generator = torch.Generator(device).manual_seed(0)
 

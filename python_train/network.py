@@ -96,7 +96,7 @@ class Block(torch.nn.Module):
             x = self.conv_skip(x)
         x = self.conv_res1(y, then=ops.SumWith(x, self.res_balance, None if self.num_heads else self.clip_act))
         if self.attn_qkv is not None and self.attn_proj is not None:
-            y = ops.cosine_attention(self.attn_qkv(x), self.num_heads)
+            y = self.attn_qkv(x, then=ops.CosineAttention(self.num_heads))
             x = self.attn_proj(y, then=ops.SumWith(x, self.attn_balance, self.clip_act))
         return x
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edm2ext import tune
 from python_train.checkpoint import DamagedError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def begin_save(
     state["elapsed"].fill_(elapsed)
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+<<<<<<< HEAD
     torch.distributed.barrier(group)
     written = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
 
@@ -91,6 +93,26 @@ def begin_save(
         torch.distributed.barrier(group)
 
     return complete
+=======
+    trainer.world.wait()
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary))
+    except dcp.CheckpointException as error:
+        causes = [failure for failure, _ in error.failures.values()]
+        raise OSError(f"cannot write {path}: {causes[0]}") from error
+    own = {file.name: _checksum(file) for file in temporary.glob(f"__{rank}_*")}
+    parts: list[dict[str, int]] = [own] * size
+    torch.distributed.all_gather_object(parts, own)
+    if rank == 0:
+        sums = {name: value for part in parts for name, value in part.items()}
+        told = {"run": run, "nimg": trainer.nimg, "convolutions": tune.choices()}
+        (temporary / _FACTS).write_text(json.dumps(told))
+        sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
+        (temporary / _CHECKSUMS).write_text(json.dumps(sums))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    trainer.world.wait()
+>>>>>>> conv
 
 
 def check(path: Path) -> None:
@@ -136,6 +158,8 @@ def load(path: Path, trainer: Trainer) -> float:
     if _LOSS in state:
         trainer.loss_sum.copy_(state[_LOSS] / trainer.world.size)
     _set_counts(trainer, state["nonfinite"])
+    with contextlib.suppress(FileNotFoundError):  # an older folder
+        tune.load(json.loads((path / _FACTS).read_text()).get("convolutions", {}))
     trainer.refresh()
     return float(state["elapsed"])
 

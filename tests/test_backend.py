@@ -205,7 +205,7 @@ def test_the_compiler_keeps_what_a_gpu_runs(two_gpus: None) -> None:
 
 
 def test_reference_and_ops_have_the_same_names() -> None:
-    arguments = {"ModulatedSiLU", "SumWith"}  # of mp_conv2d
+    arguments = {"CosineAttention", "ModulatedSiLU", "SumWith"}  # of mp_conv2d
     assert all(callable(getattr(reference, name)) for name in ops.__all__ if name not in arguments)
 
 

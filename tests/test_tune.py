@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not module.backend._library.LOADED, reason="no n
 GPU = tune.GPU("Imaginary 9000", 132)
 FORWARD = Problem(0, 8, 64, 64, 192, 192, 3, 3, torch.float16, "silu", True)
 GRAD_W = Problem(2, 8, 16, 16, 384, 192, 1, 1, torch.bfloat16)
+QKV = Problem(0, 8, 16, 16, 384, 1152, 1, 1, torch.float16, "qkv", True)
 TILES = 4
 
 
@@ -46,7 +47,7 @@ def never(problem: Problem, choice: Choice) -> float:
     raise AssertionError(f"{problem} was timed")
 
 
-@pytest.mark.parametrize("problem", [FORWARD, GRAD_W, FORWARD._replace(follows="sum", keep=False)], ids=str)
+@pytest.mark.parametrize("problem", [FORWARD, GRAD_W, FORWARD._replace(follows="sum", keep=False), QKV], ids=str)
 def test_problems_as_text(problem: Problem):
     assert tune.problem_of(str(problem)) == problem
 
@@ -58,8 +59,8 @@ def test_the_network_says_which_problems_there_are():
     assert {problem.direction for problem in found} == {0, 1, 2}
     assert all(problem.batch == 3 and problem.dtype == torch.bfloat16 for problem in found)
     assert Problem(0, 3, 16, 16, 32, 32, 3, 3, torch.bfloat16, "silu", True) in found
-    assert {problem.follows for problem in found if problem.direction == 0} == {"", "silu", "sum"}
-    assert not any(problem.channels == 5 for problem in found)  # the input convolution is torch's
+    assert {problem.follows for problem in found if problem.direction == 0} == {"", "silu", "sum", "qkv"}
+    assert Problem(0, 3, 16, 16, 5, 32, 3, 3, torch.bfloat16) in found  # the input convolution, which can be padded
     assert plan.convolutions(make_options("digits"), 8, 1, 10, images=2) == []  # float32
     with pytest.raises(UserError, match=r"preset must be one of img512-.*, got 'digits'"):
         plan.convolutions_of_preset("digits", 8, "fp16")
@@ -242,6 +243,10 @@ def plans_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         y = forward(x, w, None, plan)
         return reference.mp_sum(skip, y, t, clip), y if keep else y.new_empty(0)
 
+    def heads(x: Tensor, w: Tensor, eps: float, keep: bool) -> tuple[Tensor, ...]:
+        y = forward(x, w, None, [])
+        return *reference.qkv_norm(y, y.shape[1] // 192), y if keep else y.new_empty(0)
+
     def backward_input(grad: Tensor, w: Tensor, plan: list[int]) -> Tensor:
         taken.append(plan)
         return F.conv_transpose2d(grad, w, padding=w.shape[2] // 2)
@@ -255,6 +260,7 @@ def plans_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     monkeypatch.setattr(module, "_mp_conv2d", forward)
     monkeypatch.setattr(module, "_mp_conv2d_silu_modulated", silu)
     monkeypatch.setattr(module, "_mp_conv2d_sum", summed)
+    monkeypatch.setattr(module, "_mp_conv2d_qkv_norm", heads)
     monkeypatch.setattr(module, "_mp_conv2d_backward_input", backward_input)
     monkeypatch.setattr(module, "_mp_conv2d_backward_weight", backward_weight)
     return taken
@@ -321,6 +327,18 @@ def test_wrong_results_are_not_chosen(plans_taken: list[list[int]], monkeypatch:
         with contextlib.nullcontext() if p.direction else wrong:
             tune.tune([p], timer, GPU)
         assert conv_choice.choice(p) == ([1, 1] if p.direction else [2, 1])
+
+
+def test_heads_are_timed_with_and_without_fusion(plans_taken: list[list[int]], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "_FLUSH_BYTES", 16)
+    small = Problem(0, 2, 3, 4, 16, 192, 1, 1, torch.bfloat16, "qkv", True)
+    timer = tune.Timer("cpu")
+    monkeypatch.setattr(timer, "time", lambda: 1.0)
+    for choice, taken in (([], []), ([2, 1], [2, 1]), (None, None)):
+        plans_taken.clear()
+        assert timer(small, choice) == 1.0
+        assert plans_taken == ([] if taken is None else [taken])
+    assert tune.offers(small, GPU)[0] == []
 
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch):

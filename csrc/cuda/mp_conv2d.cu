@@ -78,6 +78,9 @@ cudaError_t dispatch_16_bits(DType dtype, Body body) {
 template <typename T>
 cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
   const ConvShape& shape = params.shape;
+  const bool heads = params.epilogue == ConvEpilogue::kQKVNorm;
+  const bool whole = params.plan.tile == kConvQKVPlan.tile && params.plan.splits == 1;
+  if (heads && (!whole || shape.out % (3 * kConvHead) != 0)) return cudaErrorInvalidValue;
   ConvArguments<T> args = {};
   args.a = static_cast<const T*>(params.x);
   args.b = static_cast<const T*>(params.w);
@@ -90,13 +93,15 @@ cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
                  static_cast<float>(params.weight_skip),
                  static_cast<float>(params.weight_y),
                  static_cast<float>(params.clip),
-                 sizes_of({1, 1, shape.height * shape.width, 0, 0, 0, 0}).by_width};
+                 sizes_of({1, 1, shape.height * shape.width, 0, 0, 0, 0}).by_width,
+                 {static_cast<T*>(params.qkv[0]), static_cast<T*>(params.qkv[1]), static_cast<T*>(params.qkv[2])},
+                 static_cast<float>(params.eps)};
   const int64_t x_bytes = shape.pixels() * shape.in * 2;
   const int64_t y_bytes = shape.pixels() * shape.out * 2;
   const int64_t w_bytes = shape.in * shape.out * shape.taps() * 2;
   const int64_t extra = (params.gain != nullptr ? 4 : 0) + (params.c != nullptr ? shape.batch * shape.out * 2 : 0) +
                         (params.skip != nullptr ? y_bytes : 0);
-  const int outputs = (params.y != nullptr ? 1 : 0) + (params.out != nullptr ? 1 : 0);
+  const int outputs = (params.y != nullptr ? 1 : 0) + (params.out != nullptr || heads ? 1 : 0);
   return run<ConvDirection::kForward>(shape, params.plan, params.workspace, args, stream,
                                       {x_bytes + w_bytes + extra, outputs * y_bytes});
 }

@@ -6,6 +6,7 @@
 #include "device.cuh"
 #include "edm2/mp_conv2d_index.h"
 #include "edm2/mp_conv2d_plan.h"
+#include "pixel_norm.cuh"
 #include "tensor_core.cuh"
 
 namespace edm2::cuda {
@@ -67,6 +68,8 @@ struct ConvOutput {
   float weight_y;
   float clip;
   FastDivisor by_pixels;  // of an image
+  T* qkv[3];
+  float eps;
 };
 
 template <typename T>
@@ -527,6 +530,56 @@ __device__ void store_tile(const ConvArguments<T>& args, int row, int column, in
   }
 }
 
+/// The same where every tile is a head's q, k and v: 16 rows of all warps at a time, each finished by neighbouring
+/// lanes as qkv_norm_rows does it.
+template <typename Tile, typename T>
+__device__ void store_heads(const ConvArguments<T>& args, int row, int column, unsigned char* shared,
+                            const Sums<Tile>& sums) {
+  constexpr int kPadded = Tile::kColumns + 8;
+  constexpr int kLanes = kConvHead / kConvPack;  // of a row
+  static_assert(Tile::kColumns == 3 * kConvHead && Tile::kThreads == 16 * Tile::kTile.warps_m * kLanes);
+  static_assert(16 * Tile::kTile.warps_m * kPadded * 4 <= Tile::kSharedBytes);
+  float* staged = reinterpret_cast<float*>(shared);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int staged_row = static_cast<int>(threadIdx.x) / kLanes;
+  const int channel = lane % kLanes * kConvPack;
+#pragma unroll
+  for (int i = 0; i < Sums<Tile>::kHigh; ++i) {
+    float* own = staged + warp_index() / Tile::kTile.warps_n * 16 * kPadded + warp_column<Tile>();
+#pragma unroll
+    for (int j = 0; j < Sums<Tile>::kWide; ++j) {
+      const float (&piece)[4] = sums.piece[i][j];
+      float* target = own + lane / 4 * kPadded + j * 8 + lane % 4 * 2;
+      *reinterpret_cast<float2*>(target) = {piece[0], piece[1]};
+      *reinterpret_cast<float2*>(target + 8 * kPadded) = {piece[2], piece[3]};
+    }
+    __syncthreads();
+    const int at_row = row + staged_row / 16 * Tile::kWarpRows + i * 16 + staged_row % 16;
+    const bool is_row = at_row < args.rows;
+    const float* source = staged + staged_row * kPadded + 3 * channel;
+    Floats<kConvPack> parts[3];
+#pragma unroll
+    for (int pack = 0; pack < 3; ++pack) {
+      const auto low = load<4>(source + pack * kConvPack);
+      const auto high = load<4>(source + pack * kConvPack + 4);
+      const auto y = rounded<T>({low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]});
+      if (is_row && args.output.y != nullptr) {
+        store(args.output.y + int64_t{at_row} * args.columns + column + 3 * channel + pack * kConvPack, y);
+      }
+#pragma unroll
+      for (int k = 0; k < kConvPack; ++k) parts[(pack * kConvPack + k) % 3].v[(pack * kConvPack + k) / 3] = y.v[k];
+    }
+    const int64_t at = int64_t{at_row} * (args.columns / 3) + column / 3 + channel;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const float squares = sum_over_lanes(sum(parts[j] * parts[j]), kLanes);
+      const float scale = inverse_pixel_scale(squares, static_cast<float>(kConvHead), args.output.eps);
+      if (is_row) store(args.output.qkv[j] + at, parts[j] * scale);
+    }
+    __syncthreads();
+  }
+}
+
 /// A block per split and tile; neighbours share rows.
 template <ConvDirection Direction, int TileIndex, typename T>
 __global__ void __launch_bounds__(BlockTile<TileIndex>::kThreads, BlockTile<TileIndex>::kTile.blocks)
@@ -543,6 +596,9 @@ __global__ void __launch_bounds__(BlockTile<TileIndex>::kThreads, BlockTile<Tile
   const auto last = static_cast<int>(int64_t{args.steps} * (split + 1) / args.splits);
   Sums<Tile> sums = {};
   multiply_tiles<Direction>(args, row, column, first, last - first, shared, sums);
+  if constexpr (Direction == ConvDirection::kForward && TileIndex == kConvQKVPlan.tile) {
+    if (args.output.epilogue == ConvEpilogue::kQKVNorm) return store_heads<Tile>(args, row, column, shared, sums);
+  }
   store_tile<Direction>(args, row, column, split, shared, sums);
 }
 

@@ -64,6 +64,7 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("mp_conv2d_silu_modulated(Tensor x, Tensor w, Tensor c, bool keep, int[] plan) -> (Tensor, Tensor)");
   m.def(
       "mp_conv2d_sum(Tensor x, Tensor w, Tensor skip, float t, float clip, bool keep, int[] plan) -> (Tensor, Tensor)");
+  m.def("mp_conv2d_qkv_norm(Tensor x, Tensor w, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // cosine_attention
   m.def("qkv_norm(Tensor qkv, int heads, float eps) -> (Tensor, Tensor, Tensor)");

@@ -170,6 +170,30 @@ std::tuple<Tensor, Tensor> mp_conv2d_sum(const Tensor& x_, const Tensor& w, cons
   return {*out, *y};
 }
 
+/// q, k and v as qkv_norm makes them of the convolution, which comes last where it is to be kept.
+std::tuple<Tensor, Tensor, Tensor, Tensor> mp_conv2d_qkv_norm(const Tensor& x_, const Tensor& w, double eps,
+                                                              bool keep) {
+  const char* op = "mp_conv2d_qkv_norm";
+  std::optional<Tensor> y;
+  std::vector<Tensor> parts;
+  const Plan plan = {kConvQKVPlan.tile, kConvQKVPlan.splits};
+  convolve(x_, w, plan, op, [&](const View& x, MPConv2dParams& params) {
+    const ConvShape& shape = params.shape;
+    EDM2_CHECK(shape.out % (3 * kConvHead) == 0, op, "w", "expected a multiple of ", 3 * kConvHead,
+               " channels out, got ", shape.out);
+    params.epilogue = ConvEpilogue::kQKVNorm;
+    params.eps = eps;
+    y = kept(x, keep, params);
+    const int64_t sizes[] = {shape.batch, shape.height * shape.width, shape.out / (3 * kConvHead), kConvHead};
+    for (void*& part : params.qkv) {
+      parts.push_back(empty(x, sizes, 4, Format::kContiguous, x.scalar_type));
+      part = address(parts.back());
+    }
+  });
+  const auto by_head = [](const Tensor& part) { return torch::stable::transpose(part, 1, 2); };
+  return {by_head(parts[0]), by_head(parts[1]), by_head(parts[2]), *y};
+}
+
 Tensor mp_conv2d_backward_input(const Tensor& grad, const Tensor& w_, const Plan& plan_) {
   const char* op = "mp_conv2d_backward_input";
   const View grad_y = activation(grad, op, "grad");
@@ -213,6 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(edm2, CUDA, m) {
   m.impl("mp_conv2d_backward_weight", TORCH_BOX(&mp_conv2d_backward_weight));
   m.impl("mp_conv2d_silu_modulated", TORCH_BOX(&mp_conv2d_silu_modulated));
   m.impl("mp_conv2d_sum", TORCH_BOX(&mp_conv2d_sum));
+  m.impl("mp_conv2d_qkv_norm", TORCH_BOX(&mp_conv2d_qkv_norm));
 }
 
 }  // namespace edm2::torch_ops

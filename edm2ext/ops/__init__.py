@@ -11,7 +11,7 @@ from edm2ext.ops.cosine_attention import cosine_attention
 from edm2ext.ops.denoising_loss import denoising_loss
 from edm2ext.ops.ema_update import ema_update_
 from edm2ext.ops.mp_cat import mp_cat
-from edm2ext.ops.mp_conv2d import ModulatedSiLU, SumWith, mp_conv2d, mp_linear
+from edm2ext.ops.mp_conv2d import CosineAttention, ModulatedSiLU, SumWith, mp_conv2d, mp_linear
 from edm2ext.ops.mp_fourier import mp_fourier
 from edm2ext.ops.mp_silu import mp_silu, mp_silu_modulated
 from edm2ext.ops.mp_sum import mp_sum
@@ -24,6 +24,7 @@ from edm2ext.ops.resample_down_pixel_norm import resample_down_pixel_norm
 from edm2ext.ops.sampler_step import NetworkInput, sampler_step
 
 __all__ = [
+    "CosineAttention",
     "ModulatedSiLU",
     "NetworkInput",
     "SumWith",

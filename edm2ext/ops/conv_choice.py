@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 DIRECTIONS = ("forward", "grad x", "grad w")
-FOLLOWING = ("", "silu", "sum")
+FOLLOWING = ("", "silu", "sum", "qkv")
 Choice = list[int] | None  # a plan of our kernels (empty: the one that the library makes), or None: torch's convolution
 LIBRARYS_OWN: list[int] = []
 
@@ -27,6 +27,11 @@ class Problem(NamedTuple):
     follows: str = ""  # of FOLLOWING: what a forward pass does with the result
     keep: bool = False  # and whether it keeps the convolution too
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether our kernels take it without padding its channels."""
+        return self.channels % 8 == 0 and self.out % 8 == 0
+
     def __str__(self) -> str:
         """For example "forward 32x64x64 192->384 3x3 float16 sum keep"."""
         sizes = f"{self.batch}x{self.height}x{self.width} {self.channels}->{self.out}"
@@ -40,10 +45,11 @@ _recorded: dict[Problem, None] | None = None
 
 
 def choice(problem: Problem) -> Choice:
-    """What was chosen for the problem; the library's own plan if nothing was."""
+    """What was chosen for the problem; if nothing was, the library's own plan, or torch's convolution instead of
+    padding."""
     if _recorded is not None:
         _recorded[problem] = None
-    return _chosen.get(problem, LIBRARYS_OWN)
+    return _chosen.get(problem, LIBRARYS_OWN if problem.is_whole else None)
 
 
 def choose(chosen: Mapping[Problem, Choice]) -> None:

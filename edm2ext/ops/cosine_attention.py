@@ -55,6 +55,32 @@ class _CosineAttention(torch.autograd.Function):
         return _qkv_norm_backward(*(g.to(qkv.dtype) for g in grads), qkv, heads, layer_eps()), None, None
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, like: Tensor) -> Tensor:
+    """The rest of `cosine_attention`, on q, k and v [N, heads, pixels, d] that are normalised already.
+
+    Returns [N, heads * d, *] with `like`'s spatial sizes and memory format.
+    """
+    if any(part.requires_grad for part in (q, k, v)) and torch.is_grad_enabled():
+        return _Attention.apply(q, k, v, like.detach())
+    return _attend(q, k, v, like)[0]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, like: Tensor) -> Tensor:
+        out, saved = _attend(q, k, v, like)
+        ctx.save_for_backward(q, k, v, *saved)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        if backend.differentiating_backward():
+            function = lambda q, k, v: reference.attention(q, k, v).reshape(grad.shape)  # noqa: E731
+            return *backend.reference_vjp(function, (q, k, v), ctx.needs_input_grad[:3], (grad,)), None
+        return *_attend_backward(grad, q, k, v, saved), None
+
+
 def _normalized(qkv: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, each [N, heads, pixels, d], in the dtype of the products."""
     q, k, v = _qkv_norm(qkv, num_heads, layer_eps())

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from edm2ext import _library, backend, checks, reference
 from edm2ext.ops import conv_choice
-from edm2ext.ops.conv_choice import Problem
+from edm2ext.ops.conv_choice import LIBRARYS_OWN, Problem
+from edm2ext.ops.cosine_attention import attend, cosine_attention
 from edm2ext.ops.mp_silu import mp_silu_modulated
 from edm2ext.ops.mp_sum import mp_sum
 from edm2ext.ops.normalize_weight import unchecked_effective_weight
@@ -27,10 +28,13 @@ _mp_conv2d_backward_input = backend.op("mp_conv2d_backward_input")
 _mp_conv2d_backward_weight = backend.op("mp_conv2d_backward_weight")
 _mp_conv2d_silu_modulated = backend.op("mp_conv2d_silu_modulated")
 _mp_conv2d_sum = backend.op("mp_conv2d_sum")
+_mp_conv2d_qkv_norm = backend.op("mp_conv2d_qkv_norm")
 _mp_silu_modulated = backend.op("mp_silu_modulated")
 _mp_silu_modulated_backward = backend.op("mp_silu_modulated_backward")
 _mp_sum = backend.op("mp_sum")
 _mp_sum_backward = backend.op("mp_sum_backward")
+_qkv_norm = backend.op("qkv_norm")
+_qkv_norm_backward = backend.op("qkv_norm_backward")
 _effective_weight_backward = backend.op("effective_weight_backward")
 _TENSOR_CORES = backend.kernels(
     "mp_conv2d",
@@ -38,14 +42,19 @@ _TENSOR_CORES = backend.kernels(
     "mp_conv2d_backward_weight",
     "mp_conv2d_silu_modulated",
     "mp_conv2d_sum",
+    "mp_conv2d_qkv_norm",
     "mp_silu_modulated",
     "mp_silu_modulated_backward",
     "mp_sum",
     "mp_sum_backward",
+    "qkv_norm",
+    "qkv_norm_backward",
     "effective_weight_backward",
 )
 _CHANNELS = 8  # of which the kernels want a multiple: 16 bytes
 _MOST_TAPS = 25
+_HEAD = 64  # channels of q, k or v of a head that one kernel can normalise too,
+_HEAD_PLANS = (LIBRARYS_OWN, [1, 1])  # with either of these plans: kConvQKVPlan
 
 
 class ModulatedSiLU(NamedTuple):
@@ -77,7 +86,20 @@ class SumWith(NamedTuple):
         return alike and 0 <= self.t <= 1 and (self.clip is None or self.clip > 0)
 
 
-Then = ModulatedSiLU | SumWith
+class CosineAttention(NamedTuple):
+    """What may follow a convolution y: cosine_attention(y, num_heads) (2.12); our kernels normalise q, k and v."""
+
+    num_heads: int
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return cosine_attention(y, self.num_heads)
+
+    def fits(self, shape: tuple[int, ...], x: Tensor) -> bool:
+        """Whether one kernel can make q, k and v, for y of that shape."""
+        return self.num_heads > 0 and shape[1] == 3 * _HEAD * self.num_heads
+
+
+Then = ModulatedSiLU | SumWith | CosineAttention
 
 
 def mp_conv2d(
@@ -100,10 +122,11 @@ def mp_conv2d(
     kernels do while storing it. Raises ValueError or TypeError for shapes that do not match, or other values of gain,
     padding and groups.
 
-    On a GPU, in float16 or bfloat16 and channels_last, convolutions that keep the size, with multiples of 8 channels
-    and up to 25 taps, run on kernels of our own if the library was built with them (CMake option EDM2EXT_CONV); the
-    gradient of the weight then stays in float32 on its way to w. `edm2ext.tune` can choose which kernels compute one,
-    and that torch's do after all. All others are torch's.
+    On a GPU, in float16 or bfloat16 and channels_last, convolutions that keep the size, with up to 25 taps, run on
+    kernels of our own if the library was built with them (CMake option EDM2EXT_CONV); the gradient of the weight then
+    stays in float32 on its way to w. `edm2ext.tune` can choose which kernels compute one, and that torch's do after
+    all, as they do without it where channels are not multiples of 8 and would have to be padded. All others are
+    torch's.
     """
     pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
     dtype = product_dtype(x)
@@ -199,13 +222,11 @@ def _has_kernel(
     groups: int,
 ) -> bool:
     """Whether the convolution is one that our kernels compute."""
-    out, channels, height, width = w.shape
+    height, width = w.shape[2:]
     return (
         dtype in (torch.float16, torch.bfloat16)
         and (backend.native(x, _TENSOR_CORES) or (x.is_meta and conv_choice.is_recording()))
         and memory_format(x) == torch.channels_last
-        and out % _CHANNELS == 0
-        and channels % _CHANNELS == 0
         and height % 2 == 1
         and width % 2 == 1
         and height * width <= _MOST_TAPS
@@ -256,16 +277,18 @@ def convolve(
     other, t, clip = None, 0.0, math.inf
     if isinstance(then, ModulatedSiLU):
         other = then.c.to(x.dtype)
-    elif then is not None:
+    elif isinstance(then, SumWith):
         other, t, clip = then.skip, then.t, math.inf if then.clip is None else then.clip
     fused = _FUSIONS[type(then)]
     differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in (x, w, gain, other))
     if differentiable and torch.is_grad_enabled():
-        return _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip)
-    return convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
+        result = _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip)
+    else:
+        result = convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
+    return attend(*result, x) if fused == "qkv" else result
 
 
-_FUSIONS = {type(None): "", ModulatedSiLU: "silu", SumWith: "sum"}
+_FUSIONS = {type(None): "", ModulatedSiLU: "silu", SumWith: "sum", CosineAttention: "qkv"}
 
 
 def _problem(direction: int, image: Tensor, w: Tensor, follows: str = "", keep: bool = False) -> Problem:
@@ -277,27 +300,60 @@ def _problem(direction: int, image: Tensor, w: Tensor, follows: str = "", keep: 
 
 def convolve_forward(
     x: Tensor, kernel: Tensor, other: Tensor | None, fused: str, t: float, clip: float, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The result, and the convolution where it is kept or the same. What follows is fused into our kernels, and done by
-    its own kernel after torch's."""
+) -> tuple[Tensor | tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The result (of "qkv": q, k and v), and the convolution where it is kept or the same.
+
+    What follows is fused into our kernels, and done by its own kernel after torch's, after padded ones, and after those
+    whose tiles cut through heads.
+    """
     plan = conv_choice.choice(_problem(0, x, kernel, fused, keep))
-    if plan is None:
-        y = F.conv2d(x, kernel, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2))
+    if plan is not None and _is_whole(kernel):
         if fused == "silu":
-            return _mp_silu_modulated(y, other), y
-        return (_mp_sum(other, y, t, clip) if fused == "sum" else y), y
+            return _mp_conv2d_silu_modulated(x, kernel, other, keep, plan)
+        if fused == "sum":
+            return _mp_conv2d_sum(x, kernel, other, t, clip, keep, plan)
+        if fused == "qkv" and plan in _HEAD_PLANS:
+            q, k, v, y = _mp_conv2d_qkv_norm(x, kernel, reference.layer_eps(), keep)
+            return (q, k, v), y
+    y = _convolution(x, kernel, plan)
     if fused == "silu":
-        return _mp_conv2d_silu_modulated(x, kernel, other, keep, plan)
+        return _mp_silu_modulated(y, other), y
     if fused == "sum":
-        return _mp_conv2d_sum(x, kernel, other, t, clip, keep, plan)
-    y = _mp_conv2d(x, kernel, None, plan)
+        return _mp_sum(other, y, t, clip), y
+    if fused == "qkv":
+        return _qkv_norm(y, y.shape[1] // (3 * _HEAD), reference.layer_eps()), y
     return y, y
+
+
+def _convolution(x: Tensor, kernel: Tensor, plan: conv_choice.Choice) -> Tensor:
+    if plan is None:
+        return F.conv2d(x, kernel, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2))
+    if _is_whole(kernel):
+        return _mp_conv2d(x, kernel, None, plan)
+    y = _mp_conv2d(_padded(x, 1), _padded(kernel, 0, 1), None, plan)[:, : kernel.shape[0]]
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _is_whole(kernel: Tensor) -> bool:
+    """Whether our kernels take its channels without padding."""
+    return kernel.shape[0] % _CHANNELS == 0 and kernel.shape[1] % _CHANNELS == 0
+
+
+def _padded(t: Tensor, *dims: int) -> Tensor:
+    """With zeros up to the channels that our kernels want, in these dimensions of four."""
+    missing = [-t.shape[dim] % _CHANNELS if dim in dims else 0 for dim in range(4)]
+    return F.pad(t, [0, missing[3], 0, missing[2], 0, missing[1], 0, missing[0]]) if any(missing) else t
 
 
 def gradient_of_input(grad: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
     """From the gradient of y; of x only shape and dtype matter."""
     plan = conv_choice.choice(_problem(1, grad, kernel))
-    return _torchs_gradient(grad, x, kernel, 0) if plan is None else _mp_conv2d_backward_input(grad, kernel, plan)
+    if plan is None:
+        return _torchs_gradient(grad, x, kernel, 0)
+    if _is_whole(kernel):
+        return _mp_conv2d_backward_input(grad, kernel, plan)
+    grad_x = _mp_conv2d_backward_input(_padded(grad, 1), _padded(kernel, 0, 1), plan)[:, : kernel.shape[1]]
+    return grad_x.contiguous(memory_format=torch.channels_last)
 
 
 def gradient_of_weight(grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
@@ -305,7 +361,11 @@ def gradient_of_weight(grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
     plan = conv_choice.choice(_problem(2, x, kernel))
     if plan is None:
         return _torchs_gradient(grad, x, kernel, 1).float()
-    return _mp_conv2d_backward_weight(grad, x, *kernel.shape[2:], plan)
+    out, channels, *size = kernel.shape
+    if _is_whole(kernel):
+        return _mp_conv2d_backward_weight(grad, x, *size, plan)
+    grad_w = _mp_conv2d_backward_weight(_padded(grad, 1), _padded(x, 1), *size, plan)[:out, :channels]
+    return grad_w.contiguous(memory_format=torch.channels_last)
 
 
 def _torchs_gradient(grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:
@@ -330,8 +390,8 @@ class _Convolution(torch.autograd.Function):
         fused: str,
         t: float,
         clip: float,
-    ) -> Tensor:
-        keep = fused == "silu" or (fused == "sum" and clip < math.inf)
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        keep = fused in ("silu", "qkv") or (fused == "sum" and clip < math.inf)
         out, y = convolve_forward(x, kernel, other, fused, t, clip, keep)
         ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None, other, y if keep else None)
         ctx.gain = None if isinstance(gain, Tensor) else float(gain)
@@ -339,18 +399,21 @@ class _Convolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, kernel, gain, other, y = ctx.saved_tensors
         needs_x, needs_w, needs_gain = ctx.needs_input_grad[:3]
         nothing = (None,) * 5
         if backend.differentiating_backward():
-            return *_differentiable_backward(ctx, grad), *nothing
+            return *_differentiable_backward(ctx, grads), *nothing
+        grad, *_ = grads
         grad_other = None
         if ctx.fused == "silu":
             grad, grad_other = _mp_silu_modulated_backward(grad, y, other)
         elif ctx.fused == "sum":
             inputs = (grad, grad) if y is None else (other, y)  # only looked at where there is clamping
             grad_other, grad = _mp_sum_backward(grad, *inputs, ctx.t, ctx.clip)
+        elif ctx.fused == "qkv":
+            grad = _qkv_norm_backward(*grads, y, grad.shape[1], reference.layer_eps())
         grad_x = gradient_of_input(grad, kernel, x) if needs_x else None
         if not needs_w and not needs_gain:
             return grad_x, None, None, grad_other, *nothing
@@ -364,13 +427,13 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_w, None if gain is None else grad_gain.to(gain.device, gain.dtype), grad_other, *nothing
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of x, w, the gain and c or skip as functions of these and of grad, in plain torch."""
+def _differentiable_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of x, w, the gain and c or skip as functions of these and of grads, in plain torch."""
     x, w, kernel, gain, other, _ = ctx.saved_tensors
     padding = kernel.shape[2] // 2, kernel.shape[3] // 2
     of_gain = ctx.gradients == "raw" and gain is not None
 
-    def function(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+    def function(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
         if ctx.gradients == "raw":
             weight = reference.effective_weight(w, rest[0] if of_gain else ctx.gain, kernel.dtype)
         else:
@@ -380,13 +443,13 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
             return reference.mp_silu_modulated(y, rest[-1])
         if ctx.fused == "sum":
             return reference.mp_sum(rest[-1], y, ctx.t, None if math.isinf(ctx.clip) else ctx.clip)
-        return y
+        return reference.qkv_norm(y, grads[0].shape[1]) if ctx.fused == "qkv" else y
 
-    inputs = [x, w, *([gain] if of_gain else []), *([other] if ctx.fused else [])]
+    inputs = [x, w, *([gain] if of_gain else []), *([] if other is None else [other])]
     needs_x, needs_w, needs_gain, needs_other = ctx.needs_input_grad[:4]
-    needed = (needs_x, needs_w, *([needs_gain] if of_gain else []), *([needs_other] if ctx.fused else []))
-    found = backend.reference_vjp(function, tuple(inputs), needed, (grad,))
-    return found[0], found[1], found[2] if of_gain else None, found[-1] if ctx.fused else None
+    needed = (needs_x, needs_w, *([needs_gain] if of_gain else []), *([] if other is None else [needs_other]))
+    found = backend.reference_vjp(function, tuple(inputs), needed, grads)
+    return found[0], found[1], found[2] if of_gain else None, None if other is None else found[-1]
 
 
 def _image(like: Tensor, channels: int) -> Tensor:
@@ -430,3 +493,11 @@ def fake_sum(
 ) -> tuple[Tensor, Tensor]:
     torch._check(skip.dim() == 4 and skip.shape[1] == w.shape[0])
     return _image(x, w.shape[0]), _nothing_or(keep, x, w.shape[0])
+
+
+@backend.fake("mp_conv2d_qkv_norm")
+def fake_qkv_norm(x: Tensor, w: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check(w.shape[0] % (3 * _HEAD) == 0)
+    shape = (x.shape[0], x.shape[2:].numel(), w.shape[0] // (3 * _HEAD), _HEAD)
+    q, k, v = (x.new_empty(shape).transpose(1, 2) for _ in range(3))
+    return q, k, v, _nothing_or(keep, x, w.shape[0])

@@ -168,6 +168,8 @@ FAULTS: list[tuple[str, str, str]] = [
     ("mp_conv2d.cuh", "int64_t{args.steps} * (split + 1) / args.splits", "args.steps"),
     ("mp_conv2d.cuh", "for (int split = 0; split < args.splits", "for (int split = 1; split < args.splits"),
     ("mp_conv2d.cuh", "const int64_t sample = divide(row, output.by_pixels)", "const int64_t sample = 0"),
+    ("mp_conv2d.cuh", "const bool is_row = at_row < args.rows;", "const bool is_row = true;"),
+    ("mp_conv2d.cu", "heads && (!whole || shape.out", "heads && (shape.out"),
     ("mp_conv2d.cu", "plan.splits > std::max<int64_t>(product.steps, 1)", "false"),
     ("image.cuh", "first - outer * inner", "first"),
     ("image.cuh", "if (++within == inner) {", "if (++within > inner) {"),

@@ -24,6 +24,18 @@ int mp_conv2d(const void* x, const void* w, void* y, const int64_t* sizes, int d
                                 nullptr);
 }
 
+/// The same with q, k and v for an output.
+int mp_conv2d_qkv_norm(const void* x, const void* w, void* y, const int64_t* sizes, int dtype, int64_t tile,
+                       int64_t splits, float* workspace, void* q, void* k, void* v, double eps) {
+  MPConv2dParams params{
+      x, w, y, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace, ConvEpilogue::kQKVNorm};
+  params.qkv[0] = q;
+  params.qkv[1] = k;
+  params.qkv[2] = v;
+  params.eps = eps;
+  return cuda::launch_mp_conv2d(params, nullptr);
+}
+
 int mp_conv2d_backward_input(const void* grad_y, const void* w, void* grad_x, const int64_t* sizes, int dtype,
                              int64_t tile, int64_t splits, float* workspace) {
   return cuda::launch_mp_conv2d_backward_input(
@@ -41,6 +53,13 @@ int64_t planned(int64_t direction, const int64_t* sizes, int64_t multiprocessors
   const ConvPlan plan =
       plan_conv(static_cast<ConvDirection>(direction), shape_of(sizes), static_cast<int>(multiprocessors));
   return 1000 * plan.tile + plan.splits;
+}
+
+/// Floats of workspace for a direction and plan.
+int64_t workspace_floats(int64_t direction_, const int64_t* sizes, int64_t tile, int64_t splits) {
+  const auto direction = static_cast<ConvDirection>(direction_);
+  const ConvPlan plan = plan_of(tile, splits);
+  return conv_workspace(conv_product(direction, shape_of(sizes), plan), plan);
 }
 
 int64_t tile_count() { return kConvTileCount; }

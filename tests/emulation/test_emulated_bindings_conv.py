@@ -1,5 +1,6 @@
 """The CUDA half of the torch layer on emulated kernels (the fixture `ops`): convolutions, and the op made of them."""
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from layouts import LAYOUTS, to_channels_last
 from torch import Tensor
 
 from edm2ext import reference, set_backend
-from edm2ext.ops import ModulatedSiLU, SumWith
+from edm2ext.ops import CosineAttention, ModulatedSiLU, SumWith, conv_choice, cosine_attention
 
 
 def conv_operands(dtype: torch.dtype = torch.bfloat16, kernel: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,9 +71,9 @@ def test_fused_convolutions(ops: SimpleNamespace, keep: bool):
 def convolve(ops: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """edm2ext.ops.mp_conv2d.convolve on the emulated kernels."""
     module = importlib.import_module("edm2ext.ops.mp_conv2d")
-    for name in ("", "_backward_input", "_backward_weight", "_silu_modulated", "_sum"):
+    for name in ("", "_backward_input", "_backward_weight", "_silu_modulated", "_sum", "_qkv_norm"):
         monkeypatch.setattr(module, f"_mp_conv2d{name}", getattr(ops, f"mp_conv2d{name}"))
-    for name in ("mp_silu_modulated_backward", "mp_sum_backward"):
+    for name in ("mp_silu_modulated_backward", "mp_sum_backward", "qkv_norm", "qkv_norm_backward"):
         monkeypatch.setattr(module, f"_{name}", getattr(ops, name))
     return module.convolve
 
@@ -138,6 +139,97 @@ def test_gradients_through_what_follows(convolve: Callable[..., Tensor], then: s
         assert (grad.double() - truth.double()).norm() < 0.02 * truth.double().norm()
 
 
+def attention_operands(channels: int = 384) -> tuple[Tensor, Tensor, Tensor]:
+    """x, the kernel that makes q, k and v, and a gradient of the attention's output."""
+    shapes = (2, 16, 3, 4), (channels, 16, 1, 1), (2, channels // 3, 3, 4)
+    x, w, g = (emulated.random_tensor(*shape, dtype=torch.float16, seed=i) for i, shape in enumerate(shapes))
+    return to_channels_last(x), w, to_channels_last(g)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_q_k_and_v_of_a_convolution(ops: SimpleNamespace, keep: bool):
+    """Those of separate kernels, bit for bit."""
+    x, w, _ = attention_operands()
+    y = ops.mp_conv2d(x, w, None, [])
+    *fused, kept = ops.mp_conv2d_qkv_norm(x, w, 1e-4, keep)
+    for part, separate in zip(fused, ops.qkv_norm(y, 2, 1e-4), strict=True):
+        assert torch.equal(part, separate)
+        assert part.stride() == separate.stride()
+    assert torch.equal(kept, y) if keep else kept.shape == (0,)
+
+
+@pytest.mark.parametrize("plan", [[], [3, 1], None], ids=str)
+def test_gradients_through_attention(convolve: Callable[..., Tensor], plan: conv_choice.Choice):
+    """Against plain torch in float64: with q, k and v normalised by one kernel, by their own, and after torch's
+    convolution."""
+    x, kernel, g = attention_operands()
+    problem = conv_choice.Problem(0, 2, 3, 4, 16, 384, 1, 1, x.dtype, "qkv", True)
+    x, w = x.requires_grad_(), kernel.float().requires_grad_()
+    with conv_choice.trying(problem, plan), conv_choice.trying(problem._replace(keep=False), plan):
+        out = convolve(x, w, kernel, 1.0, "effective", CosineAttention(2))
+        grads = torch.autograd.grad(out, (x, w), g, retain_graph=True)
+        again = torch.autograd.grad(out, (x, w), g, create_graph=True)  # in plain torch
+        with torch.no_grad():
+            assert torch.equal(convolve(x, w, kernel, 1.0, "effective", CosineAttention(2)), out)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    xd, wd = (t.detach().double().requires_grad_() for t in (x, w))
+    exact = reference.cosine_attention(F.conv2d(xd, wd), 2)
+    truths = torch.autograd.grad(exact, (xd, wd), g.double())
+    assert (out - exact).norm() < 2e-3 * exact.norm()
+    for grad, other, truth in zip(grads, again, truths, strict=True):
+        assert (grad - truth).norm() < 5e-3 * truth.norm()
+        assert (other - truth).norm() < 5e-3 * truth.norm()
+
+
+def test_heads_of_other_widths_follow_by_themselves(convolve: Callable[..., Tensor]):
+    x, kernel, _ = attention_operands()
+    out = convolve(x, kernel, kernel, 1.0, "effective", CosineAttention(4))  # of 32 channels
+    y = convolve(x, kernel, kernel, 1.0, "effective")
+    with set_backend("reference"):
+        assert torch.equal(out, cosine_attention(y, 4))
+    with pytest.raises(ValueError, match="cosine_attention: "):
+        convolve(x, kernel, kernel, 1.0, "effective", CosineAttention(5))
+
+
+@pytest.mark.parametrize("plan", [[], [3, 1], None], ids=str)
+@pytest.mark.parametrize(("channels", "out"), [(5, 16), (16, 4), (3, 7)])
+def test_channels_that_are_no_multiples_of_8(
+    convolve: Callable[..., Tensor], channels: int, out: int, plan: conv_choice.Choice
+):
+    """Padded, or torch's convolution, which is what they get unless a plan was chosen."""
+    shapes = (2, channels, 5, 6), (out, channels, 3, 3), (2, out, 5, 6)
+    x, w, g = (emulated.random_tensor(*shape, dtype=torch.float16, seed=i) for i, shape in enumerate(shapes))
+    x, kernel = to_channels_last(x).requires_grad_(), w
+    w = kernel.float().requires_grad_()
+    problems = [conv_choice.Problem(d, 2, 5, 6, channels, out, 3, 3, x.dtype) for d in range(3)]
+    assert all(conv_choice.choice(problem) is None for problem in problems)
+    xd, wd = (t.detach().double().requires_grad_() for t in (x, w))
+    exact = F.conv2d(xd, wd, padding=1)
+    truths = exact.detach(), *torch.autograd.grad(exact, (xd, wd), g.double())
+    with contextlib.ExitStack() as stack:
+        for problem in problems:
+            stack.enter_context(conv_choice.trying(problem, plan))
+        y = convolve(x, w, kernel, 1.0, "effective")
+        got = y, *torch.autograd.grad(y, (x, w), g)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for value, truth in zip(got, truths, strict=True):
+        assert value.shape == truth.shape
+        assert (value - truth).norm() < 5e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("then", ["silu", "sum"])
+def test_what_follows_padded_channels(convolve: Callable[..., Tensor], ops: SimpleNamespace, then: str):
+    x, kernel, _ = conv_operands()
+    x, kernel = to_channels_last(x[:, :5]), kernel[:4, :5]
+    other = emulated.random_tensor(2, 4, 5, 6, dtype=x.dtype, seed=7).contiguous(memory_format=torch.channels_last)
+    problem = conv_choice.Problem(0, 2, 5, 6, 5, 4, 3, 3, x.dtype, then)
+    with conv_choice.trying(problem, []):
+        out = convolve(x, kernel, kernel, 1.0, "effective", THEN[then](other))
+    y = F.conv2d(x.double(), kernel.double(), padding=1)
+    with set_backend("reference"):
+        torch.testing.assert_close(out.double(), THEN[then](other.double())(y), rtol=2**-6, atol=0.02)
+
+
 def test_what_follows_is_checked(convolve: Callable[..., Tensor]):
     x, kernel, g = conv_operands()
     with pytest.raises(ValueError, match=r"mp_silu_modulated: c must have shape \[2, 8\], got \[2, 7\]"):
@@ -168,6 +260,7 @@ CONV_FAKES = {
     "mp_conv2d_backward_weight": ("fake_backward_weight", lambda x, w, g, c: (g, x, 3, 3, [])),
     "mp_conv2d_silu_modulated": ("fake_silu_modulated", lambda x, w, g, c: (x, w, c, True, [])),
     "mp_conv2d_sum": ("fake_sum", lambda x, w, g, c: (x, w, g, 0.3, 256.0, False, [])),
+    "mp_conv2d_qkv_norm": ("fake_qkv_norm", lambda x, w, g, c: (x, w.tile(24, 1, 1, 1), 1e-4, True)),
 }
 
 
@@ -204,6 +297,9 @@ def test_bad_input_to_mp_conv2d(ops: SimpleNamespace):
         ),
         r"mp_conv2d_silu_modulated: c: expected shape \[2, 8\], got \[1, 8\]": (
             lambda: ops.mp_conv2d_silu_modulated(x, w, c[:1], True, [])
+        ),
+        "mp_conv2d_qkv_norm: w: expected a multiple of 192 channels out, got 8": (
+            lambda: ops.mp_conv2d_qkv_norm(x, w, 1e-4, True)
         ),
         "mp_conv2d_sum: skip: expected shape": lambda: ops.mp_conv2d_sum(x, w, g[:1], 0.3, 1.0, True, []),
         "mp_conv2d_sum: clip: expected at least 0, got -1": lambda: ops.mp_conv2d_sum(x, w, g, 0.3, -1.0, True, []),

@@ -263,6 +263,74 @@ def test_epilogues(library: Library, plan: Plan, dtype: torch.dtype):
         assert not_kept.isnan().all()
 
 
+QKV_PLAN = Plan(1)
+
+
+def with_heads(library: Library, case: Case, a: Tensor, b: Tensor, plan: Plan = QKV_PLAN, keep: bool = True):
+    """q, k and v [N, pixels, heads, 64], and y if it is kept."""
+    heads = case.k // 192
+    y = Guarded(case.n * case.h * case.w * case.k, a.dtype)
+    parts = [Guarded(case.n * case.h * case.w * heads * 64, a.dtype) for _ in range(3)]
+    inputs = [Guarded(memory(t), t.dtype) for t in (a, b)]
+    sizes = (case.sizes, a.dtype, *plan, workspace(case, FORWARD, plan).tensor)
+    kept = y.tensor if keep else None
+    outputs = (part.tensor for part in parts)
+    library.call("mp_conv2d_qkv_norm", inputs[0].tensor, inputs[1].tensor, kept, *sizes, *outputs, 1e-4)
+    for guarded in (y, *parts):
+        guarded.check_margins()
+    parts = [part.tensor.reshape(case.n, case.h * case.w, heads, 64) for part in parts]
+    return [*parts, image(y.tensor, (case.n, case.k, case.h, case.w))]
+
+
+@pytest.mark.parametrize("case", [Case(1, 3, 3, 8, 192, 1, 1), Case(3, 9, 5, 40, 384, 1, 1), Case(1, 4, 5, 8, 192)])
+def test_heads_are_where_they_belong(library: Library, case: Case):
+    """Exactly: y is whole numbers, and so are all sums of squares."""
+    x = torch.zeros(case.n, case.c, case.h, case.w, dtype=torch.float16)
+    w = torch.zeros(case.k, case.c, case.r, case.s, dtype=torch.float16)
+    pixels = torch.arange(case.n * case.h * case.w).reshape(case.n, case.h, case.w)
+    x[:, 0], x[:, 1] = pixels % 3 - 1, pixels % 2
+    signs = torch.randint(0, 2, (case.k,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    w[:, 0, case.r // 2, case.s // 2] = signs.half() * (1 + torch.arange(case.k) % 3)
+    for keep in (True, False):
+        (*parts, y) = emulated.under_all_schedules(
+            library,
+            lambda: with_heads(library, case, x, w, keep=keep),  # noqa: B023
+        )
+        expected = plain(FORWARD, x.float(), w.float(), case)
+        assert torch.equal(y.float(), expected) if keep else y.isnan().all()
+        apart = expected.reshape(case.n, case.k // 192, 64, 3, case.h * case.w).permute(3, 0, 4, 1, 2)
+        for part, values in zip(parts, apart, strict=True):
+            scale = 1e-4 + values.square().mean(-1, keepdim=True).sqrt()
+            assert torch.equal(part, (values * (1 / scale)).half())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_are_those_of_qkv_norm(library: Library, dtype: torch.dtype):
+    """The same bits as the kernel that takes y apart."""
+    case = Case(2, 7, 11, 72, 384, 1, 1)
+    x, w, _ = operands(case, dtype, whole=False)
+    library.schedule(*emulated.SCHEDULES[0])
+    *parts, y = with_heads(library, case, x, w)
+    assert torch.equal(y, run(library, FORWARD, x, w, case, QKV_PLAN)[0])
+    separate = emulated.load("cosine_attention")
+    separate.schedule(*emulated.SCHEDULES[0])
+    outputs = [torch.empty_like(part) for part in parts]
+    shape = (case.n, case.k, case.h * case.w, True)
+    separate.call("qkv_norm", memory(y), *outputs, *shape, 2, 64, dtype, 1e-4)
+    for part, expected in zip(parts, outputs, strict=True):
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("plan", [Plan(0), Plan(3), Plan(1, 2)])
+def test_heads_want_a_tile_of_their_width_and_whole_sums(library: Library, plan: Plan):
+    case = Case(1, 2, 2, 64, 192, 1, 1)
+    x, w, _ = operands(case, torch.float16, whole=True)
+    with pytest.raises(KernelFault, match="error 1"):
+        with_heads(library, case, x, w, plan)
+    with pytest.raises(KernelFault, match="error 1"):
+        with_heads(library, case._replace(k=128), x, w[:128])
+
+
 # ---- index arithmetic ----
 
 
@@ -344,6 +412,14 @@ def test_plans(library: Library):
     assert splits > 1
     tile, splits = divmod(library.int64("planned", BACKWARD_WEIGHT, large.sizes, 132), 1000)
     assert splits > 4
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT])
+def test_only_split_sums_want_workspace(library: Library, direction: int):
+    case = Case(2, 5, 7, 64, 72)
+    sums = (70 * 72, 70 * 64, 72 * 9 * 64)[direction]
+    for splits, floats in {1: 0, 2: 2 * sums, 3: 3 * sums}.items():
+        assert library.int64("workspace_floats", direction, case.sizes, 3, splits) == floats
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,39 @@ def test_what_follows(dtype: torch.dtype):
     assert torch.equal(summed, ops.mp_sum(skip, y, 0.3, 1.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_q_k_and_v(dtype: torch.dtype):
+    """Bit for bit those of the kernel that takes the convolution apart, and the gradients too."""
+    x, w, g = operands(SHAPES[3], dtype)
+    w *= w.shape[1] ** -0.5
+    y = NATIVE.mp_conv2d(x, w, None, [1, 1])
+    *parts, kept = NATIVE.mp_conv2d_qkv_norm(x, w, 1e-4, True)
+    assert torch.equal(kept, y)
+    for part, separate in zip(parts, NATIVE.qkv_norm(y, 6, 1e-4), strict=True):
+        assert torch.equal(part, separate)
+    x, w, g = x.requires_grad_(), w.float().requires_grad_(), g[:, :384]
+    fused = ops.mp_conv2d(x, w, prepared=True, then=ops.CosineAttention(6))
+    separate = ops.cosine_attention(ops.mp_conv2d(x, w, prepared=True), 6)
+    assert (fused - separate).norm() < 0.01 * separate.norm()  # not the same bits: the plan of the other is free
+    got, expected = (torch.autograd.grad(out, (x, w), g) for out in (fused, separate))
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize(("channels", "out"), [(5, 192), (192, 4)])
+def test_padded_channels(channels: int, out: int):
+    x, w, g = operands((4, channels, out, 32, 32, 3), torch.float16)
+    exact = plain(*(t.double() for t in (x, w, g)))
+    problems = [Problem(d, 4, 32, 32, channels, out, 3, 3, x.dtype) for d in range(3)]
+    x, w = x.requires_grad_(), w.float().requires_grad_()
+    conv_choice.choose({problem: [] for problem in problems})
+    y = ops.mp_conv2d(x, w, prepared=True)
+    got = y, *torch.autograd.grad(y, (x, w), g)
+    conv_choice.forget()
+    for value, truth in zip(got, exact, strict=True):
+        assert (value - truth).norm() < 1e-3 * truth.norm()
+
+
 def test_layer_in_a_graph():
     layer = MPConv(64, 128, 3).cuda()
     x = torch.randn(4, 64, 16, 16, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from test_parallel import BATCH, STEPS, Stored, processes, relative_error
 from torch import Tensor
 
-from edm2ext import reference
+from edm2ext import reference, tune
 from edm2ext.phema import PowerEMA
 from python_train import UserError, checkpoint, config, data, loop, run, sharded_state
 from python_train.config import make_options
@@ -21,6 +21,7 @@ from python_train.trainer import Trainer
 from python_train.world import World
 
 SAVED_AFTER = 3
+CHOICES = {"forward 8x64x64 192->192 3x3 float16": "torch"}  # of edm2ext.tune
 
 
 def make_trainer(world: World, **overrides: object) -> Trainer:
@@ -82,6 +83,7 @@ def train(trainer: Trainer, steps: int, folder: Path | None = None) -> dict[str,
     for count in range(1, steps + 1):
         trainer.step(stream)
         if folder is not None and count == SAVED_AFTER:
+            tune.load(CHOICES)
             group = torch.distributed.new_group(backend="gloo")
             complete = sharded_state.begin_save(folder, trainer, 7.5, "run", group)
     if folder is not None:
@@ -101,6 +103,7 @@ def resume(world: World, folder: Path) -> dict[str, list]:
     trainer = make_trainer(world, parallel="fsdp")
     assert sharded_state.load(folder, trainer) == 7.5
     assert trainer.nimg == SAVED_AFTER * BATCH
+    assert tune.choices() == CHOICES
     for _ in range(SAVED_AFTER):
         next(trainer.loss.draws)
     return train(trainer, STEPS - SAVED_AFTER)

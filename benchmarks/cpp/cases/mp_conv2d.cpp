@@ -1,5 +1,6 @@
 #include "edm2/mp_conv2d.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "edm2/mp_conv2d_plan.h"
@@ -83,6 +84,19 @@ void add_all(Table& table, const Operands& of, bool wgmma) {
   forward("", ConvEpilogue::kNone, {0, dtype, false});
   forward("_silu_modulated", ConvEpilogue::kModulatedSiLU, {shape.batch * shape.out, dtype, true});
   forward("_sum", ConvEpilogue::kSum, of.y(true));
+  if (!wgmma && shape.taps() == 1 && shape.out % (3 * kConvHead) == 0) {
+    const Buffer part{shape.pixels() * shape.out / 3, dtype, false};
+    table.add(
+        "mp_conv2d_qkv_norm" + about, {of.x(true), of.w(), of.y(false), part, part, part},
+        [=](const Pointers& p) {
+          MPConv2dParams params{p[0], p[1], p[2], shape, dtype, kConvQKVPlan, nullptr, ConvEpilogue::kQKVNorm};
+          std::copy(p.begin() + 3, p.begin() + 6, params.qkv);
+          params.eps = 1e-4;
+          return params;
+        },
+        cuda::launch_mp_conv2d, nullptr, 0);
+    count();
+  }
   const auto input = ConvDirection::kBackwardInput;
   table.add(
       "mp_conv2d_backward_input" + about, {of.y(true), of.w(), of.x(false), {of.floats(input), DType::kFloat32, false}},

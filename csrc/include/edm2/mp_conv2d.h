@@ -42,12 +42,16 @@ enum class ConvEpilogue : int32_t {
   kGain,           // y = gain * convolution (Eq. 104)
   kModulatedSiLU,  // y, and out = mp_silu(y * c) (spec 2.8)
   kSum,            // y, and out = mp_sum(skip, y), clamped (Eq. 88, spec 2.13)
+  kQKVNorm,        // y, and its q, k and v normalised over the channels of their heads (spec 2.12, steps 2-3)
 };
+
+/// Channels of q, k or v of a head for kQKVNorm. All three lie side by side in y, in one tile of the product.
+inline constexpr int kConvHead = 64;
 
 struct MPConv2dParams {
   const void* x;
   const void* w;
-  void* y;  // may be null where there is an `out`
+  void* y;  // may be null where there is an `out`, or q, k and v
   ConvShape shape;
   DType dtype;
   ConvPlan plan;
@@ -60,6 +64,8 @@ struct MPConv2dParams {
   double weight_skip = 0.0;     // (1 - t) / k
   double weight_y = 0.0;        // t / k
   double clip = 0.0;            // infinity: no clamping
+  void* qkv[3] = {};            // q, k and v, each [batch, height, width, out / (3 kConvHead), kConvHead]
+  double eps = 0.0;             // of their normalisation
 };
 
 struct MPConv2dBackwardInputParams {

@@ -39,6 +39,10 @@ inline constexpr ConvTile kConvTiles[] = {
 };
 inline constexpr int kConvTileCount = 4;
 
+/// The plan for kQKVNorm: a tile as wide as a head's q, k and v, whose sums are whole.
+inline constexpr ConvPlan kConvQKVPlan = {1, 1};
+static_assert(kConvTiles[kConvQKVPlan.tile].columns == 3 * kConvHead);
+
 // ---- Hopper: warpgroups, operands copied by TMA ----
 
 /// Rows x columns of the product for two warpgroups, and what fits into shared memory.
