@@ -188,8 +188,8 @@ def build_info() -> dict[str, object]:
     """What was built and loaded, and why.
 
     Keys: `native` (is the library loaded), `reason` (why not, else empty), `library` (its path), `torch` (version
-    running), `cpu_isa` (instruction set of the CPU kernels in use), `cpu_bf16` (instructions by which the CPU multiplies
-    bfloat16 fastest: "amx_bf16", "avx512_bf16" or empty), `cuda` (can the CUDA kernels be used),
+    running), `cpu_isa` (instruction set of the CPU kernels in use), `cpu_bf16` (instructions by which the CPU
+    multiplies bfloat16 fastest: "amx_bf16", "avx512_bf16" or empty), `cuda` (can the CUDA kernels be used),
     `cuda_reason` (why not, else empty), `cuda_compiled`, `cuda_toolkit`, `cuda_driver`, `cuda_archs`, `cuda_gpus` (for
     every GPU of this process why the kernels cannot run on it: an empty string where they can), and `build`: the facts
     recorded when the library was built, or why they cannot be read.

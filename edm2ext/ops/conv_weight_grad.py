@@ -58,14 +58,12 @@ def serves(
 def convolve(x: Tensor, w: Tensor, kernel: Tensor, gain: "Tensor | float", gradients: Gradients) -> Tensor:
     """x convolved with the effective weight `kernel`, of x's dtype, made of w and gain. Their gradients are those of
     `ops.prepared_weight`; that of the kernel is summed and handed on in float32."""
-    return _Convolution.apply(x, w, gain, kernel.detach(), gradients)
+    return _Convolution.apply(x, w, gain, kernel, gradients)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, gain: "Tensor | float", kernel: Tensor, gradients: Gradients
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, gain: "Tensor | float", kernel: Tensor, gradients: Gradients) -> Tensor:
         ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None)
         ctx.gain, ctx.gradients = gain, gradients
         if isinstance(gain, Tensor):
