@@ -6,13 +6,12 @@
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
-/// Loops over arrays of floats would not keep their sums in registers.
+/// Vectors in registers, and in memory. Loops over arrays of floats would not keep their sums in registers.
 template <int Lanes>
-struct Of {
-  typedef float Vector __attribute__((vector_size(Lanes * sizeof(float)), aligned(alignof(float))));
+struct Floats {
+  typedef float Vector __attribute__((vector_size(Lanes * sizeof(float))));
+  typedef float InMemory __attribute__((vector_size(Lanes * sizeof(float)), aligned(alignof(float))));
 };
-template <int Lanes>
-using Vector = typename Of<Lanes>::Vector;
 
 /// A tile of y that is summed in registers: most of them, so that multiply-adds need not wait for each other.
 #if defined(__AVX512F__)
@@ -59,7 +58,7 @@ Tile tile_of(const ConvWeightGradParams& p, int64_t item, float* sum) {
           .sum = sum};
 }
 
-struct Floats {
+struct Products {
   template <class V>
   EDM2_FORMULA void add_product(V& sum, float grad, const V& x) {
     sum += grad * x;
@@ -67,7 +66,7 @@ struct Floats {
 };
 
 #if defined(__AVX512F__)
-struct Pairs {
+struct PairProducts {
   /// VDPBF16PS by its name: the set is compiled for processors without it, too.
   template <class V>
   EDM2_FORMULA void add_product(V& sum, float grad, const V& x) {
@@ -78,11 +77,12 @@ struct Pairs {
 };
 #endif
 
-/// Adds to the tile's sum what the images [n, last) give, few enough to be summed at once. Not inlined: in a function of
-/// many such loops g++ runs out of registers.
-template <class Elements, int Lanes, int Rows, int Vectors>
+/// Adds to the tile's sum what the images [n, last) give, few enough to be summed at once. Not inlined: in a function
+/// of many such loops g++ runs out of registers.
+template <class Multiply, int Lanes, int Rows, int Vectors>
 __attribute__((noinline)) void add_at_once(const ConvWeightGradParams& p, const Tile& tile, int64_t n, int64_t last) {
-  using Values = Vector<Lanes>;
+  using Values = typename Floats<Lanes>::Vector;
+  using InMemory = typename Floats<Lanes>::InMemory;
   Values sums[Rows][Vectors] = {};
   const int64_t h_first = max(0, -tile.dh), h_last = min(p.height, p.height - tile.dh);
   const int64_t w_first = max(0, -tile.dw), w_last = min(p.width, p.width - tile.dw);
@@ -94,11 +94,11 @@ __attribute__((noinline)) void add_at_once(const ConvWeightGradParams& p, const 
       for (int64_t w = w_first; w < w_last; ++w, grad += p.out_channels, x += p.in_channels) {
         Values values[Vectors];
 #pragma GCC unroll 2
-        for (int j = 0; j < Vectors; ++j) values[j] = *reinterpret_cast<const Values*>(x + j * Lanes);
+        for (int j = 0; j < Vectors; ++j) values[j] = *reinterpret_cast<const InMemory*>(x + j * Lanes);
 #pragma GCC unroll 12
         for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
-          for (int j = 0; j < Vectors; ++j) Elements::add_product(sums[i][j], grad[i], values[j]);
+          for (int j = 0; j < Vectors; ++j) Multiply::add_product(sums[i][j], grad[i], values[j]);
         }
       }
     }
@@ -107,7 +107,7 @@ __attribute__((noinline)) void add_at_once(const ConvWeightGradParams& p, const 
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) {
-      *reinterpret_cast<Values*>(tile.sum + i * kConvTileIn + j * Lanes) += sums[i][j];
+      *reinterpret_cast<InMemory*>(tile.sum + i * kConvTileIn + j * Lanes) += sums[i][j];
     }
   }
 }
@@ -115,29 +115,29 @@ __attribute__((noinline)) void add_at_once(const ConvWeightGradParams& p, const 
 /// Pixels summed at once, unless an image has more: one long sum would lose digits.
 constexpr int64_t kPixelsAtOnce = 64;
 
-template <class Elements, int Lanes, int Vectors, int Rows = kRows>
+template <class Multiply, int Lanes, int Vectors, int Rows = kRows>
 void add_rows(const ConvWeightGradParams& p, const Tile& tile, int64_t n, int64_t last) {
   if constexpr (Rows > 1) {
-    if (tile.rows < Rows) return add_rows<Elements, Lanes, Vectors, Rows - 1>(p, tile, n, last);
+    if (tile.rows < Rows) return add_rows<Multiply, Lanes, Vectors, Rows - 1>(p, tile, n, last);
   }
   const int64_t step = max(1, kPixelsAtOnce / max(1, p.height * p.width));
-  for (; n < last; n += step) add_at_once<Elements, Lanes, Rows, Vectors>(p, tile, n, min(last, n + step));
+  for (; n < last; n += step) add_at_once<Multiply, Lanes, Rows, Vectors>(p, tile, n, min(last, n + step));
 }
 
 /// The same for a tile of any size.
-template <class Elements>
+template <class Multiply>
 void add_images(const ConvWeightGradParams& p, const Tile& tile, int64_t n, int64_t last) {
   for (int64_t row = 0; row < tile.rows; row += kRows) {
     for (int64_t column = 0; column < tile.columns;) {
       const Tile part = tile.part(row, column);
       if (part.columns >= 2 * kLanes) {
-        add_rows<Elements, kLanes, 2>(p, part, n, last);
+        add_rows<Multiply, kLanes, 2>(p, part, n, last);
         column += 2 * kLanes;
       } else if (part.columns >= kLanes) {
-        add_rows<Elements, kLanes, 1>(p, part, n, last);
+        add_rows<Multiply, kLanes, 1>(p, part, n, last);
         column += kLanes;
       } else {
-        add_rows<Elements, kConvLanes, 1>(p, part, n, last);
+        add_rows<Multiply, kConvLanes, 1>(p, part, n, last);
         column += kConvLanes;
       }
     }
@@ -152,9 +152,9 @@ void conv_weight_grad(const ConvWeightGradParams& p, int64_t begin, int64_t end)
   __builtin_memset(sum_of(begin), 0, static_cast<size_t>((end - begin) * kTile) * sizeof(float));
   const int64_t image_bytes = p.height * p.width * (p.in_channels + p.out_channels) * int64_t{sizeof(float)};
   const int64_t images = max(1, kBlockBytes / max(1, image_bytes));
-  auto* add = &add_images<Floats>;
+  auto* add = &add_images<Products>;
 #if defined(__AVX512F__)
-  if (p.pairs) add = &add_images<Pairs>;
+  if (p.pairs) add = &add_images<PairProducts>;
 #endif
   for (int64_t n = 0; n < p.batch; n += images) {
     for (int64_t item = begin; item < end; ++item) {

@@ -20,8 +20,8 @@ struct ConvWeightGradParams {
   int64_t kernel_size;  // odd
 };
 
-/// What bfloat16 images are multiplied as: floats; or, where instructions sum the products of two pairs, each element of
-/// an even image (the low half of 32 bits) beside that of the odd image that follows it, or beside 0.
+/// What bfloat16 images are multiplied as: floats; or, where instructions sum the products of two pairs, each element
+/// of an even image (the low half of 32 bits) beside that of the odd image that follows it, or beside 0.
 struct ConvOperandParams {
   const void* images;  // [batch, size]
   void* operand;       // floats [batch, size], or pairs [(batch + 1) / 2, size]
