@@ -100,7 +100,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         if raw:
             weight = reference.effective_weight(w, *(gains or (ctx.gain,)), kernel.dtype)
         else:
-            weight = kernel + (w - w.detach()).to(kernel.dtype)
+            weight = kernel.detach() + (w - w.detach()).to(kernel.dtype)
         return F.conv2d(x, weight, padding=kernel.shape[2] // 2)
 
     inputs = (x, w, gain) if raw and gain is not None else (x, w)
