@@ -2,17 +2,18 @@
 
 python -m benchmarks.step_split [--rounds 9] [--save FILE.md]
 
-The steps are those of `benchmarks.run`, plain torch's and ours, in turns, in one thread and its processor time, which a
-busy machine disturbs less than the clock on the wall. Ops are timed one by one where they are dispatched; overhead is
-what is left of a step in which nobody times them: Python, autograd, the dispatcher. Reorders, by which oneDNN brings
-weights into the layout of its convolutions, are the part of the convolutions' time that its own report gives them.
-Medians of so many steps.
+The steps are those of `benchmarks.run`, plain torch's and ours, in fp32 and, where the CPU multiplies it, in bf16; in
+turns, in one thread and its processor time, which a busy machine disturbs less than the clock. Ops are timed
+one by one where they are dispatched; overhead is what is left of a step in which nobody times them: Python, autograd,
+the dispatcher. Reorders, by which oneDNN brings weights into the layout of its convolutions, are the part of the
+convolutions' time that its own report gives them. Medians of so many steps; ratios are medians over rounds.
 """
 
 import collections
 import contextlib
 import ctypes
 import datetime
+import itertools
 import os
 import statistics
 import tempfile
@@ -26,8 +27,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import edm2ext
-from benchmarks import op_cases, step_cases
+from benchmarks import step_cases
 from benchmarks.run import cpu_name
+from benchmarks.step_cases import Steps
 
 aten = torch.ops.aten
 CONVOLUTIONS = ("forward", "grad x", "grad w")
@@ -106,29 +108,34 @@ def split(step: Callable[[], object]) -> dict[str, float]:
     return {**clock.parts, "overhead": total - sum(clock.parts.values()), "total": total}
 
 
-def table(case: op_cases.Case, rounds: int) -> Iterator[str]:
-    """Markdown: a row for plain torch and one for ours."""
-    sides = {"plain torch": ("reference", case.plain or case.work), "ours": ("native", case.work)}
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    reordering: dict[str, float] = {}
+def table(name: str, networks: list[Steps], rounds: int) -> Iterator[str]:
+    """Markdown: for every precision a row for plain torch and one for ours."""
+    sides: dict[tuple[str, str], Callable[[], object]] = {}
+    for each in networks:
+        sides |= {("plain torch", each.precision): each.plain, ("ours", each.precision): each.native}
+    found: dict[tuple[str, str], list[dict[str, float]]] = {side: [] for side in sides}
+    reordering: dict[tuple[str, str], float] = {}
     for index in range(rounds + 1):
-        for side, (backend, work) in sides.items():
-            with edm2ext.set_backend(backend):
+        for side, work in sides.items():
+            with edm2ext.set_backend("reference" if side[0] == "plain torch" else "native"):
                 if index == 0:
                     work()  # makes the state of the optimizer
                     reordering[side] = reorders(work)
                 else:
                     found[side].append(split(work))
-    yield f"{case.name}, milliseconds:\n"
+    yield f"training step, {name}, {networks[0].params / 1e6:.2f} M parameters, milliseconds:\n"
     yield "| | " + " | ".join((*PARTS, "total", "reorders, of convolutions")) + " |"
     yield "|---|" + "---:|" * (len(PARTS) + 2)
-    totals = {}
     for side, splits in found.items():
         medians = {part: statistics.median(s[part] for s in splits) for part in (*PARTS, "total")}
-        totals[side] = medians["total"]
         cells = [f"{medians[part]:.1f} ({medians[part] / medians['total']:.1%})" for part in PARTS]
-        yield f"| {side} | " + " | ".join([*cells, f"{medians['total']:.1f}", f"{reordering[side]:.1%}"]) + " |"
-    yield f"\nplain torch / ours: {totals['plain torch'] / totals['ours']:.2f}\n"
+        total = f"{medians['total']:.1f}"
+        yield f"| {', '.join(side)} | " + " | ".join([*cells, total, f"{reordering[side]:.1%}"]) + " |"
+    yield ""
+    for plain, ours in itertools.combinations_with_replacement((each.precision for each in networks), 2):
+        pairs = zip(found["plain torch", plain], found["ours", ours], strict=True)
+        ratio = statistics.median(p["total"] / o["total"] for p, o in pairs)
+        yield f"plain torch in {plain} / ours in {ours}: {ratio:.2f}\n"
 
 
 @click.command(help=__doc__)
@@ -143,8 +150,8 @@ def main(rounds: int, save: Path | None) -> None:
         f"`python -m benchmarks.step_split --rounds {rounds}`",
         "",
     ]
-    for case in step_cases.all_cases():
-        lines += table(case, rounds)
+    for name, networks in step_cases.all_steps():
+        lines += table(name, networks, rounds)
     click.echo("\n".join(lines))
     if save is not None:
         save.write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -188,7 +188,8 @@ def build_info() -> dict[str, object]:
     """What was built and loaded, and why.
 
     Keys: `native` (is the library loaded), `reason` (why not, else empty), `library` (its path), `torch` (version
-    running), `cpu_isa` (instruction set of the CPU kernels in use), `cuda` (can the CUDA kernels be used),
+    running), `cpu_isa` (instruction set of the CPU kernels in use), `cpu_bf16` (instructions by which the CPU
+    multiplies bfloat16 fastest: "amx_bf16", "avx512_bf16" or empty), `cuda` (can the CUDA kernels be used),
     `cuda_reason` (why not, else empty), `cuda_compiled`, `cuda_toolkit`, `cuda_driver`, `cuda_archs`, `cuda_gpus` (for
     every GPU of this process why the kernels cannot run on it: an empty string where they can), and `build`: the facts
     recorded when the library was built, or why they cannot be read.
@@ -200,6 +201,7 @@ def build_info() -> dict[str, object]:
         "library": str(PATH) if PATH else None,
         "torch": torch.__version__,
         "cpu_isa": _cpu_isa(),
+        "cpu_bf16": _C.cpu_bf16() if _C else "",
         "cuda": not _cuda_reason(),
         "cuda_reason": _cuda_reason(),
         "cuda_compiled": _toolkit_version() is not None,

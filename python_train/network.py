@@ -351,10 +351,8 @@ class Precond(torch.nn.Module):
         blocks = [block for block in self.unet.modules() if isinstance(block, Block)]
         gains: dict[Layer, Tensor] = {block.emb_linear: block.emb_gain for block in blocks}
         gains[self.unet.out_conv] = self.unet.out_gain
-        device = self.unet.out_gain.device
-        # A CPU's convolutions take contiguous weights as fast, and give gradients in the layout of the parameters.
-        layout = torch.contiguous_format if device.type == "cpu" else self.memory_format
-        return PreparedWeights(self, gains, self._dtype_on(device), memory_format=layout, gradients=gradients)
+        dtype = self._dtype_on(self.unet.out_gain.device)
+        return PreparedWeights(self, gains, dtype, memory_format=self.memory_format, gradients=gradients)
 
     def baked(self) -> PreparedWeights:
         """For inference: in a `with` block, normalisation, gain and cast of every weight are folded in, once, instead

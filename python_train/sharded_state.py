@@ -64,13 +64,13 @@ def begin_save(
     """
     import torch.distributed.checkpoint as dcp  # 2 seconds
 
-    nimg, rank, size = trainer.nimg, trainer.world.rank, trainer.world.size
+    rank, size = trainer.world.rank, trainer.world.size
+    facts = {"run": run, "nimg": trainer.nimg, "convolutions": tune.choices()}
     temporary = path.with_name(f".{path.name}.tmp")
     state = _tensors(trainer)
     state["elapsed"].fill_(elapsed)
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-<<<<<<< HEAD
     torch.distributed.barrier(group)
     written = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
 
@@ -85,7 +85,7 @@ def begin_save(
         torch.distributed.all_gather_object(parts, own, group)
         if rank == 0:
             sums = {name: value for part in parts for name, value in part.items()}
-            (temporary / _FACTS).write_text(json.dumps({"run": run, "nimg": nimg}))
+            (temporary / _FACTS).write_text(json.dumps(facts))
             sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
             (temporary / _CHECKSUMS).write_text(json.dumps(sums))
             shutil.rmtree(path, ignore_errors=True)
@@ -93,26 +93,6 @@ def begin_save(
         torch.distributed.barrier(group)
 
     return complete
-=======
-    trainer.world.wait()
-    try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary))
-    except dcp.CheckpointException as error:
-        causes = [failure for failure, _ in error.failures.values()]
-        raise OSError(f"cannot write {path}: {causes[0]}") from error
-    own = {file.name: _checksum(file) for file in temporary.glob(f"__{rank}_*")}
-    parts: list[dict[str, int]] = [own] * size
-    torch.distributed.all_gather_object(parts, own)
-    if rank == 0:
-        sums = {name: value for part in parts for name, value in part.items()}
-        told = {"run": run, "nimg": trainer.nimg, "convolutions": tune.choices()}
-        (temporary / _FACTS).write_text(json.dumps(told))
-        sums |= {name: _checksum(temporary / name) for name in (".metadata", _FACTS)}
-        (temporary / _CHECKSUMS).write_text(json.dumps(sums))
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    trainer.world.wait()
->>>>>>> conv
 
 
 def check(path: Path) -> None:

@@ -70,6 +70,19 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+const char* bf16_instructions() {
+#if defined(EDM2_CPU_X86_SETS)
+  if (__builtin_cpu_supports("amx-bf16")) return "amx_bf16";
+  if (__builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+#endif
+  return "";
+}
+
+bool multiplies_bf16() {
+  static const bool does = std::string(isa_in_use()) == "avx512" && *bf16_instructions() != '\0';
+  return does;
+}
+
 const char* isa_in_use() { return kernels().isa; }
 
 const std::vector<KernelInfo>& kernel_table() {

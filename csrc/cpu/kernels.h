@@ -41,7 +41,8 @@
   KERNEL(normalize_weight_backward, NormalizeWeightBackwardParams, "float32 float64 bfloat16")               \
   KERNEL(qkv_norm, QKVNormParams, "float32 float64 bfloat16")                                                \
   KERNEL(qkv_norm_backward, QKVNormBackwardParams, "float32 float64 bfloat16")                               \
-  KERNEL(conv_weight_grad, ConvWeightGradParams, "float32")                                                  \
+  KERNEL(conv_weight_grad, ConvWeightGradParams, "float32 bfloat16")                                         \
+  KERNEL(conv_operand, ConvOperandParams, "bfloat16")                                                        \
   KERNEL(precondition_scale, PreconditionScaleParams, "float32 float64 bfloat16")                            \
   KERNEL(precondition_output, PreconditionOutputParams, "float32 float64 bfloat16")                          \
   KERNEL(denoising_loss, DenoisingLossParams, "float32 float64 bfloat16")                                    \

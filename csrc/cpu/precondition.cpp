@@ -7,25 +7,20 @@
 namespace edm2::cpu::EDM2_CPU_ISA {
 namespace {
 
+/// d = c_skip * x + c_out * f.
 template <class T>
-void scale(const Compute<T>* __restrict x, int64_t x_step, T* __restrict y, int64_t y_step, Compute<T> factor,
-           int64_t count) {
-  if (x_step == 1 && y_step == 1) {
+void denoised(const Compute<T>* x, const T* f, int64_t f_step, Compute<T>* d, int64_t step, Compute<T> c_skip,
+              Compute<T> c_out, int64_t count) {
+  Compute<T> x_row[kTogether], d_row[kTogether];
+  T f_row[kTogether];
+  for (int64_t at = 0; at < count; at += kTogether) {
+    const int64_t here = min(kTogether, count - at);
+    const Compute<T>* xs = together(x + at * step, step, x_row, here);
+    const T* fs = together(f + at * f_step, f_step, f_row, here);
+    Compute<T>* to = step == 1 ? d + at : d_row;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = narrow<T>(x[i] * factor);
-  } else {
-    for (int64_t i = 0; i < count; ++i) y[i * y_step] = narrow<T>(x[i * x_step] * factor);
-  }
-}
-
-template <class T>
-void denoised(const Compute<T>* __restrict x, const T* __restrict f, int64_t f_step, Compute<T>* __restrict d,
-              int64_t step, Compute<T> c_skip, Compute<T> c_out, int64_t count) {
-  if (step == 1 && f_step == 1) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) d[i] = c_skip * x[i] + c_out * widen(f[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) d[i * step] = c_skip * x[i * step] + c_out * widen(f[i * f_step]);
+    for (int64_t i = 0; i < here; ++i) to[i] = c_skip * xs[i] + c_out * widen(fs[i]);
+    if (step != 1) apart(d_row, d + at * step, step, here);
   }
 }
 

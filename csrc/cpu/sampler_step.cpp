@@ -24,12 +24,6 @@ void update(const SamplerStepParams& p, const math::SamplerCoefficients<C>& k, i
   for (int64_t i = 0; i < count * step; i += step) out[i] += k.noise_scale * noise[i];
 }
 
-template <class T>
-void network_input(const Compute<T>* __restrict x, int64_t x_step, T* __restrict input, int64_t step, Compute<T> c_in,
-                   int64_t count) {
-  for (int64_t i = 0; i < count; ++i) input[i * step] = narrow<T>(x[i * x_step] * c_in);
-}
-
 }  // namespace
 
 void sampler_step(const SamplerStepParams& p, int64_t begin, int64_t end) {
@@ -47,7 +41,7 @@ void sampler_step(const SamplerStepParams& p, int64_t begin, int64_t end) {
         const int64_t at = sample * image.numel() + image.at(c, first);
         update(p, k, at, image.step(), count);
         if (input != nullptr) {
-          network_input(as<C>(p.out) + at, image.step(), input + to.at(c, first), to.step(), k.c_in, count);
+          scale(as<C>(p.out) + at, image.step(), input + to.at(c, first), to.step(), k.c_in, count);
         }
       }
       if (input == nullptr) return;

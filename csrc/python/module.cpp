@@ -83,6 +83,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &edm2::cpu::isa_in_use,
         "CPU instruction set in use: portable, avx2 or avx512. RuntimeError if EDM2EXT_CPU_ISA asks for one that is "
         "unknown or unsupported.");
+  m.def("cpu_bf16", &edm2::cpu::bf16_instructions,
+        "Instructions by which this machine multiplies bfloat16 fastest: amx_bf16, avx512_bf16, or none: empty.");
   m.def("supported_cpu_isas", &edm2::cpu::supported_isas, "CPU instruction sets this machine can run, slowest first.");
   m.def("kernel_table", &kernel_table, "Every CPU kernel: name, device, dtypes, isa.");
   m.def("time_kernel", &time_kernel, py::arg("name"), py::arg("batch"), py::arg("channels"), py::arg("pixels"),

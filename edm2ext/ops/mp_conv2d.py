@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edm2ext import _library, backend, checks, reference
-from edm2ext.ops import conv_choice
+from edm2ext import backend, checks, reference
+from edm2ext.ops import conv_choice, conv_weight_grad
 from edm2ext.ops.conv_choice import LIBRARYS_OWN, Problem
 from edm2ext.ops.cosine_attention import attend, cosine_attention
 from edm2ext.ops.mp_silu import mp_silu_modulated
@@ -16,12 +16,6 @@ from edm2ext.ops.mp_sum import mp_sum
 from edm2ext.ops.normalize_weight import unchecked_effective_weight
 from edm2ext.ops.prepared_weight import Gradients, prepared_weight
 from edm2ext.reference import memory_format, product_dtype
-
-_conv_weight_grad = backend.op("conv_weight_grad")
-_KERNELS = backend.kernels("conv_weight_grad")
-_LANES = 8  # its input channels come in multiples of this
-# Where it was measured faster than the library's (1.4 to 2 times).
-_FASTER = _library.build_info()["cpu_isa"] == "avx2"
 
 _mp_conv2d = backend.op("mp_conv2d")
 _mp_conv2d_backward_input = backend.op("mp_conv2d_backward_input")
@@ -136,65 +130,14 @@ def mp_conv2d(
         with torch.no_grad():
             kernel = unchecked_effective_weight(w, gain, dtype)
         return convolve(x.to(dtype), w, kernel, gain, "raw", then)
-    kernel = w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype)
-    y = _by_torch(x, kernel, stride, pad, dilation, groups)
+    if conv_weight_grad.serves(x, w, dtype, stride, pad, dilation, groups):
+        with torch.no_grad():
+            kernel = w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype)
+        y = conv_weight_grad.convolve(x.to(dtype), w, kernel, gain, "effective" if prepared else "raw")
+    else:
+        kernel = w.to(dtype) if prepared else unchecked_effective_weight(w, gain, dtype)
+        y = F.conv2d(x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups)
     return y if then is None else then(y)
-
-
-def _by_torch(
-    x: Tensor,
-    kernel: Tensor,
-    stride: "int | tuple[int, int]",
-    padding: "int | tuple[int, int]",
-    dilation: "int | tuple[int, int]",
-    groups: int,
-) -> Tensor:
-    """torch's convolution, with a gradient of the kernel of our own where that is faster."""
-    if _FASTER and _summed_natively(x, kernel, (stride, padding, dilation, groups)):
-        return _Conv.apply(x, kernel)
-    return F.conv2d(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
-
-
-def _summed_natively(x: Tensor, kernel: Tensor, options: tuple[object, ...]) -> bool:
-    """Whether the native op makes the kernel's gradient: stride 1, "same" padding, channels_last in float32."""
-    size = kernel.shape[2]
-    return (
-        kernel.requires_grad
-        and torch.is_grad_enabled()
-        and x.dtype == kernel.dtype == torch.float32
-        and options in ((1, (size // 2, size // 2), 1, 1), (1, size // 2, 1, 1))
-        and kernel.shape[3] == size
-        and size % 2 == 1
-        and x.shape[1] % _LANES == 0
-        and memory_format(x) == torch.channels_last
-        and backend.native(x, _KERNELS)
-        and not torch.compiler.is_compiling()
-    )
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(x, kernel)
-        return F.conv2d(x, kernel, padding=kernel.shape[2] // 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel = ctx.saved_tensors
-        size = kernel.shape[2]
-        needs_x, needs_kernel = ctx.needs_input_grad
-        if backend.differentiating_backward():
-            function = lambda x, kernel: F.conv2d(x, kernel, padding=size // 2)  # noqa: E731
-            return backend.reference_vjp(function, (x, kernel), (needs_x, needs_kernel), (grad,))
-        pad, ones = [size // 2] * 2, [1, 1]
-        mask = [needs_x, False, False]
-        grad_x = torch.ops.aten.convolution_backward(grad, x, kernel, None, ones, pad, ones, False, [0, 0], 1, mask)[0]
-        return grad_x, _conv_weight_grad(grad, x, size) if needs_kernel else None
-
-
-@backend.fake("conv_weight_grad")
-def _(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
-    return x.new_empty([grad.shape[1], x.shape[1], kernel_size, kernel_size])
 
 
 def mp_linear(x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: bool = False) -> Tensor:
@@ -255,8 +198,11 @@ def conv2d_of_prepared(
     dtype = product_dtype(x)
     if _has_kernel(x, effective, dtype, stride, pad, dilation, groups):
         return convolve(x.to(dtype), w, effective.to(dtype), gain, gradients, then)
-    weight = prepared_weight(w, effective, gain, gradients=gradients).to(dtype)
-    y = _by_torch(x, weight, stride, pad, dilation, groups)
+    if conv_weight_grad.serves(x, w, dtype, stride, pad, dilation, groups):
+        y = conv_weight_grad.convolve(x.to(dtype), w, effective.to(dtype), gain, gradients)
+    else:
+        weight = prepared_weight(w, effective, gain, gradients=gradients).to(dtype)
+        y = F.conv2d(x, weight, stride=stride, padding=pad, dilation=dilation, groups=groups)
     return y if then is None else then(y)
 
 

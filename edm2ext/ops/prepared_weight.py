@@ -58,7 +58,13 @@ class _Prepared(torch.autograd.Function):
             function = lambda w, *gain: reference.effective_weight(w, *(gain or (ctx.gain,)), grad.dtype)  # noqa: E731
             found = backend.reference_vjp(function, (w, *gains), ctx.needs_input_grad[: 1 + len(gains)], (grad,))
             return found[0], found[1] if gains else None, None
-        wide = gains[0].to(torch.promote_types(gains[0].dtype, torch.float32)) if gains else None
-        scale = 1.0 if gains else ctx.gain
-        grad_w, grad_gain = _effective_weight_backward(grad, w, wide, scale, reference.layer_eps())
-        return grad_w, grad_gain.to(gains[0].dtype) if gains else None, None
+        return *raw_gradients(grad, w, gains[0] if gains else ctx.gain), None
+
+
+def raw_gradients(grad: Tensor, w: Tensor, gain: "Tensor | float") -> tuple[Tensor, Tensor | None]:
+    """Of w and of the gain, if it is a tensor, from the gradient of their effective weight (2.6)."""
+    if not isinstance(gain, Tensor):
+        return _effective_weight_backward(grad, w, None, gain, reference.layer_eps())[0], None
+    wide = gain.to(torch.promote_types(gain.dtype, torch.float32))
+    grad_w, grad_gain = _effective_weight_backward(grad, w, wide, 1.0, reference.layer_eps())
+    return grad_w, grad_gain.to(gain.dtype)

@@ -114,6 +114,7 @@ def arguments(name: str, r: Make) -> list[tuple]:
         "conv_weight_grad": [
             (r(2, 3, 4, 5), r(2, 8, 4, 5), 3),
             (expanded(r(2, 3, 4, 5)), channels_last(r(2, 8, 4, 5)), 1),
+            (r(3, 3, 4, 5).detach().bfloat16(), r(3, 8, 4, 5).detach().bfloat16(), 3),
         ],
         "ema_update_": [([r(3).detach(), r(2, 4).detach()] * 2, [r(3), r(2, 4)], [0.1, 0.5])],
         "accumulate_snapshots_": [

@@ -18,7 +18,7 @@ void conv_weight_grad(Table& table) {
          floats(items * kConvTileOut * kConvTileIn)},
         [=](const Pointers& p) {
           const auto at = [&](int i) { return static_cast<float*>(p[static_cast<size_t>(i)]); };
-          return ConvWeightGradParams{at(0),        at(1),       at(2),    at(3),    image.batch,
+          return ConvWeightGradParams{at(0),        at(1),       false,    at(2),    at(3), image.batch,
                                       image.height, image.width, channels, channels, kSize};
         },
         nullptr, CPU(cpu::conv_weight_grad), items);

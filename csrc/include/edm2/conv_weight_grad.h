@@ -7,11 +7,12 @@
 namespace edm2 {
 
 struct ConvWeightGradParams {
-  const float* grad;  // [batch, height, width, out_channels]
-  const float* x;     // [batch, height, width, in_channels]
-  float* y;           // [out_channels, in_channels, kernel_size, kernel_size]
-  float* partial;     // [items, kConvTileOut * kConvTileIn], scratch
-  int64_t batch;
+  const void* grad;  // [batch, height, width, out_channels], floats or pairs
+  const void* x;     // [batch, height, width, in_channels], alike
+  bool pairs;        // what is multiplied: see ConvOperandParams
+  float* y;          // [out_channels, in_channels, kernel_size, kernel_size]
+  float* partial;    // [items, kConvTileOut * kConvTileIn], scratch
+  int64_t batch;     // images, or pairs of them
   int64_t height;
   int64_t width;
   int64_t out_channels;
@@ -19,11 +20,20 @@ struct ConvWeightGradParams {
   int64_t kernel_size;  // odd
 };
 
-/// In channels of a vector register, and the largest tile of y that is summed in registers, for one position in the
-/// kernel: twelve registers, enough to hide the latency of a multiply-add.
+/// What bfloat16 images are multiplied as: floats; or, where instructions sum the products of two pairs, each element
+/// of an even image (the low half of 32 bits) beside that of the odd image that follows it, or beside 0.
+struct ConvOperandParams {
+  const void* images;  // [batch, size]
+  void* operand;       // floats [batch, size], or pairs [(batch + 1) / 2, size]
+  int64_t batch;
+  int64_t size;
+  bool pairs;
+};
+
+/// In channels come in multiples of this; and the tile of y that is a work item, for one position in the kernel.
 constexpr int kConvLanes = 8;
-constexpr int kConvTileOut = 6;
-constexpr int kConvTileIn = 2 * kConvLanes;
+constexpr int kConvTileOut = 12;
+constexpr int kConvTileIn = 32;
 
 /// Tiles that n channels are cut into, of at most `most` each.
 constexpr int64_t conv_tiles(int64_t n, int64_t most) { return (n + most - 1) / most; }
@@ -32,6 +42,8 @@ namespace cpu {
 /// Work items are tiles of y: positions in the kernel, innermost, times conv_tiles of its in and out channels. Each is
 /// summed in one order, whoever does it.
 void conv_weight_grad(const ConvWeightGradParams& params, int64_t begin, int64_t end);
+/// Work items are pairs of images.
+void conv_operand(const ConvOperandParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 
 }  // namespace edm2

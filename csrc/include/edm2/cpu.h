@@ -20,6 +20,12 @@ std::vector<std::string> supported_isas();
 /// Throws std::runtime_error if EDM2EXT_CPU_ISA names an unknown or unsupported set.
 const char* isa_in_use();
 
+/// Instructions by which this machine multiplies bfloat16 fastest: "amx_bf16", "avx512_bf16" or "".
+const char* bf16_instructions();
+
+/// Whether the set in use multiplies bfloat16: by AVX-512 BF16, which processors with AMX have as well.
+bool multiplies_bf16();
+
 /// Every CPU kernel of the library.
 const std::vector<KernelInfo>& kernel_table();
 
