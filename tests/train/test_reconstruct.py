@@ -368,7 +368,7 @@ def test_network_in_training_comes_out_as_tracked(tmp_path: Path) -> None:
         if step % 6 == 0:
             for sigma_rel, profile in zip(TRACKED, trainer.ema.profiles, strict=False):
                 files.append(tmp_path / f"{trainer.nimg}-{sigma_rel}.safetensors")
-                header = {"nimg": trainer.nimg, "sigma_rel": sigma_rel}
+                header = {"nimg": trainer.nimg, "sigma_rel": sigma_rel, "updates": step}
                 save_average(files[-1], dict(zip(trainer.names, profile, strict=True)), header, "fp32")
     work = Reconstructing([open_average(path) for path in files], widths)
     qualities = work.quality(work.motion())
@@ -378,10 +378,7 @@ def test_network_in_training_comes_out_as_tracked(tmp_path: Path) -> None:
         truth = flat(tracked).double()
         error = float((flat(result[name] for name in trainer.names).double() - truth).norm() / truth.norm())
         assert error <= 1e-4
-        assert error <= 3 * quality.expected_error + 1e-7
-        # The widest profile is off at the beginning of training only, where so short a run moves more smoothly than at
-        # random: its error is overestimated.
-        assert quality.target.sigma_rel > 0.2 or error + 1e-7 >= quality.expected_error / 3
+        assert quality.expected_error / 2 <= error <= 2 * quality.expected_error
 
 
 def test_pickles_of_any_layout(tmp_path: Path) -> None:
