@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from edm2ext.phema import parse_sigma_rel_list
 from python_train import UserError
 from python_train.checkpoint import write_text
+from python_train.command_line import device_options, reported
 from python_train.generate import parse_seeds
 from python_train.image_job import GuideFile
 from python_train.metrics import measure
@@ -26,7 +27,7 @@ from python_train.metrics.images import Drawing, Stored, StoredGuide
 from python_train.metrics.passes import feature_pass, random_subset
 from python_train.metrics.reference import read_reference
 from python_train.pictures import BLUE, GREY, ORANGE, save_figure
-from python_train.sampling_options import parse_interval, sampler_options
+from python_train.sampling_options import parse_interval, sampler_options, vae_option
 from python_train.world import World, open_world
 
 Point = dict[str, Any]  # a value for each axis
@@ -252,9 +253,8 @@ _PATH = click.Path(path_type=Path)
               "in all steps, as 15-21 or 0.28,2.90. May be given several times.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Sweeps over all axes at most.")
 @sampler_options
-@click.option("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE that decodes latents.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, help="Images at a time, in each process.")
-@click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]")
+@vae_option
+@device_options(64)
 def main(
     indir: Path,
     outdir: Path,
@@ -289,45 +289,40 @@ def main(
       python -m python_train.reconstruct search --indir runs/photos --outdir joint --ref photos64.ref \\
           --gnet runs/small --guidance 1,1.5,2,3 --guidance-interval 0.28,2.90
     """
-    try:
-        with open_world(device) as world:
-            axes = search_axes(outstd, gnet, guidance, gnet_outstd, intervals)
-            images = parse_seeds(seeds)
-            reference = read_reference(ref_path)
-            reference.require(ref_path, features)
-            extractor = feature_extractor(features, weights, world.device)
-            reference.check(ref_path, extractor)
-            compared = reference.features[features]
-            evaluate = MetricOfImages(
-                indir, gnet, images, class_idx, sampler, vae, metric, compared, extractor, kimg, batch, world
-            )
-            for point in corners(axes):
-                evaluate.drawing(point)  # raises for what does not fit, before anything is drawn
-            outdir.mkdir(parents=True, exist_ok=True)
-            kept = ("run", "gnet", "seeds", "class_idx", "sampler", "vae")
-            settings = {name: getattr(evaluate, name) for name in kept}
-            settings |= {"metric": metric, "features": extractor.identity, "ref": ref_path}
-            settings["nimg"] = Stored(indir, axes["sigma_rel"][0], kimg).header()["nimg"]
-            table = Table(outdir / "table.jsonl", settings)
-            if world.rank > 0:
-                table.path = Path("/dev/null")
-            shown = metric_name(features, metric)
-            sign = -1 if metric in HIGHER_IS_BETTER else 1
+    with reported("interrupted; the same command goes on"), open_world(device) as world:
+        axes = search_axes(outstd, gnet, guidance, gnet_outstd, intervals)
+        images = parse_seeds(seeds)
+        reference = read_reference(ref_path)
+        reference.require(ref_path, features)
+        extractor = feature_extractor(features, weights, world.device)
+        reference.check(ref_path, extractor)
+        compared = reference.features[features]
+        evaluate = MetricOfImages(
+            indir, gnet, images, class_idx, sampler, vae, metric, compared, extractor, kimg, batch, world
+        )
+        for point in corners(axes):
+            evaluate.drawing(point)  # raises for what does not fit, before anything is drawn
+        outdir.mkdir(parents=True, exist_ok=True)
+        kept = ("run", "gnet", "seeds", "class_idx", "sampler", "vae")
+        settings = {name: getattr(evaluate, name) for name in kept}
+        settings |= {"metric": metric, "features": extractor.identity, "ref": ref_path}
+        settings["nimg"] = Stored(indir, axes["sigma_rel"][0], kimg).header()["nimg"]
+        table = Table(outdir / "table.jsonl", settings)
+        if world.rank > 0:
+            table.path = Path("/dev/null")
+        shown = metric_name(features, metric)
+        sign = -1 if metric in HIGHER_IS_BETTER else 1
 
-            def measured(point: Point) -> float:
-                value = evaluate(point)
-                if world.rank == 0:
-                    text = ", ".join(f"{name} {v}" for name, v in canonical(point).items() if v is not None)
-                    click.echo(f"{text}: {shown} {sign * value:.6g}")
-                return value
-
-            found = minimise(axes, measured, table, refine=["sigma_rel"], rounds=rounds)
+        def measured(point: Point) -> float:
+            value = evaluate(point)
             if world.rank == 0:
-                _finish(outdir, table, found, shown, sign < 0)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on") from None
+                text = ", ".join(f"{name} {v}" for name, v in canonical(point).items() if v is not None)
+                click.echo(f"{text}: {shown} {sign * value:.6g}")
+            return value
+
+        found = minimise(axes, measured, table, refine=["sigma_rel"], rounds=rounds)
+        if world.rank == 0:
+            _finish(outdir, table, found, shown, sign < 0)
 
 
 def _finish(outdir: Path, table: Table, found: Found, metric: str, higher_is_better: bool) -> None:
