@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from python_train import UserError
-from python_train.official import is_script, read_feature_network
+from python_train.pickles.metrics import read_feature_network
+from python_train.pickles.zip_file import is_script
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict by name: ``.safetensors``, a ``.pth`` of plain tensors, or a network as it was
-    pickled by the programs of StyleGAN or saved as TorchScript (:func:`python_train.official.read_feature_network`).
+    pickled by the programs of StyleGAN or saved as TorchScript (`python_train.pickles.metrics.read_feature_network`).
 
     Raises UserError, naming the file, if it is damaged or something else.
     """

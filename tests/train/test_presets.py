@@ -15,7 +15,7 @@ from served import served
 
 from python_train import UserError, generate
 from python_train.guidance import interval_steps
-from python_train.official import FILE_NAME
+from python_train.pickles.names import FILE_NAME
 from python_train.presets import PRESETS, PUBLISHED_FILES, Preset, find_preset
 from python_train.sampling_options import parse_interval
 from python_train.solvers import noise_levels

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from edm2ext.phema import PowerEMA, Quality, Target, open_average, save_average, solve_coefficients
 from edm2ext.phema import Reconstruction as Reconstructing
 from edm2ext.phema.stored import OpenFiles
-from python_train import UserError, data, loop, official
+from python_train import UserError, data, loop
 from python_train.checkpoint import load_snapshot, save_snapshot, snapshot_name
 from python_train.config import make_options
 from python_train.network import Precond
+from python_train.pickles.tensors import Storage, StoredTensor
 from python_train.reconstruct import Snapshot, find_snapshots, main, reconstruct, target_time
 from python_train.reconstruct.__main__ import main as dispatch
 from python_train.reconstruct.command import warnings
@@ -410,14 +411,14 @@ def test_pickles_of_any_layout(tmp_path: Path) -> None:
     flat_numbers = torch.arange(1000, dtype=torch.float16)
     path = tmp_path / "storage"
     path.write_bytes(b"1234" + flat_numbers.numpy().tobytes())
-    storage = official.Storage(path, torch.float16, 4, 1000)
+    storage = Storage(path, torch.float16, 4, 1000)
     for shape, stride, offset in (
         ((5, 4), (4, 1), 3),
         ((4, 5, 6), (30, 1, 5), 0),
         ((7, 1, 3), (3, 99, 1), 2),
         ((), (), 9),
     ):
-        stored = official.StoredTensor(storage, offset, shape, stride)
+        stored = StoredTensor(storage, offset, shape, stride)
         expected = flat_numbers.as_strided(shape, stride, offset)
         source = in_pickle(stored)
         with OpenFiles() as files:
