@@ -164,15 +164,19 @@ def plot(path: Path, table: Table, best: Point, metric: str, higher_is_better: b
         rest = _key({**point, "sigma_rel": None})
         curves.setdefault(rest, []).append((point["sigma_rel"], sign * value))
     own = _key({**best, "sigma_rel": None})
-    for rest, curve in curves.items():
-        if rest != own and len(curve) > 1:
-            ax.plot(*zip(*sorted(curve), strict=True), color=GREY, linewidth=0.8, alpha=0.6)
-    ax.plot(*zip(*sorted(curves[own]), strict=True), "o-", color=BLUE, markersize=4)
+    others = [sorted(curve) for rest, curve in curves.items() if rest != own and len(curve) > 1]
+    for number, curve in enumerate(others):
+        label = {"label": "otherwise"} if number == 0 else {}
+        ax.plot(*zip(*curve, strict=True), color=GREY, linewidth=0.8, alpha=0.6, **label)
+    best_label = {"label": "guidance as at the best"} if others else {}
+    ax.plot(*zip(*sorted(curves[own]), strict=True), "o-", color=BLUE, markersize=4, **best_label)
     at_best = dict(curves[own])[best["sigma_rel"]]
     ax.plot([best["sigma_rel"]], [at_best], "o", color=ORANGE, markersize=9, markerfacecolor="none")
+    if others:
+        ax.legend(fontsize=9)
     rest = {name: value for name, value in canonical(best).items() if name != "sigma_rel" and value is not None}
-    with_rest = "".join(f", {name} {value}" for name, value in rest.items())
-    ax.set_title(f"best: sigma_rel {best['sigma_rel']:g}{with_rest}, {metric} {at_best:.5g}", fontsize=10)
+    with_rest = ", ".join(f"{name} {value}" for name, value in rest.items())
+    ax.set_title(f"best: sigma_rel {best['sigma_rel']:g}, {metric} {at_best:.5g}\n{with_rest}".strip(), fontsize=10)
     ax.set(xlabel="EMA length sigma_rel", ylabel=metric)
     ax.grid(True, color="#e2e8f0")
     save_figure(path, figure)
