@@ -118,25 +118,28 @@ def minimise(
     """
     point = dict(start or {name: values[len(values) // 2] for name, values in axes.items()})
     value = table.look_up(point, evaluate)
+
+    def try_all(name: str, candidates: Sequence[Any]) -> None:
+        nonlocal point, value
+        for candidate in candidates:
+            other = {**point, name: candidate}
+            found = table.look_up(other, evaluate)
+            if found < value:
+                point, value = other, found
+
     for _ in range(rounds):
         before = value
         for name, values in axes.items():
-            for candidate in values:
-                other = {**point, name: candidate}
-                found = table.look_up(other, evaluate)
-                if found < value:
-                    point, value = other, found
+            try_all(name, values)
         if value == before or len([values for values in axes.values() if len(values) > 1]) == 1:
             break
     for name in refine:
+        try_all(name, axes[name])  # measured already, unless another axis moved after it: the whole curve is wanted
         rest = {**canonical(point), name: None}
         curve = sorted((p[name], v) for p, v in table.points() if {**p, name: None} == rest)
         between = parabola_minimum(curve)
         if between is not None:
-            other = {**point, name: between}
-            found = table.look_up(other, evaluate)
-            if found < value:
-                point, value = other, found
+            try_all(name, [between])
     return Found(point, value, len(table.values))
 
 
