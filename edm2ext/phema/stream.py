@@ -27,7 +27,7 @@ from edm2ext.phema.stored import OpenFiles, StoredAverage, StoredTensor
 
 DEFAULT_MEMORY = 256 << 20
 _BLOCK = 8192  # elements whose sums a thread makes at a time: those of all outputs stay in a cache
-_TILE = 1 << 17  # elements of a tile at most: few enough that what is summed is still in the cache when it is written
+_TILE = 1 << 18  # elements of a tile at most: few enough that what is summed is still in the cache when it is written
 _AHEAD = 2  # tiles whose inputs, and whose outputs, are in memory at a time
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
