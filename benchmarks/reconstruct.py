@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -60,11 +61,18 @@ def drop_from_cache(paths: Sequence[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds(work: Callable[[], object], inputs: Sequence[Path]) -> float:
+class Took(NamedTuple):
+    """Seconds on the clock, and of the processors by this process (the system's share for its files included)."""
+
+    clock: float
+    processor: float
+
+
+def seconds(work: Callable[[], object], inputs: Sequence[Path] = ()) -> Took:
     drop_from_cache(inputs)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Took(time.perf_counter() - start, time.process_time() - used)
 
 
 def read_all(paths: Sequence[Path]) -> None:
@@ -92,28 +100,26 @@ def write_all(folder: Path, count: int, size: int) -> None:
         list(pool.map(write, range(count)))
 
 
-def multiply_add_seconds(inputs: int, coefs: Tensor, numel: int) -> float:
-    """The sums alone, by the op or by torch.mm, whichever is faster here; of numbers that stay in the caches. As many
-    threads as torch has do a share each, none waits for another."""
+def multiply_add(inputs: int, coefs: Tensor, numel: int, by_op: bool) -> None:
+    """The sums alone, by the op or by torch.mm, of numbers that stay in the caches. As many threads as torch has do a
+    share each, none waits for another."""
     matrix, workers = coefs.t().float().contiguous(), torch.get_num_threads()
 
-    def share(by_op: bool) -> float:
+    def share(_: int) -> None:
         torch.set_num_threads(1)
         pieces = [torch.randn(BLOCK).half() for _ in range(inputs)]
         total, wide = torch.zeros(coefs.shape[1], BLOCK), torch.empty(inputs, BLOCK)
-        start = time.perf_counter()
-        for _ in range(max(1, numel // (BLOCK * workers * 8))):  # an eighth of it
+        for _ in range(max(1, numel // (BLOCK * workers))):
             if by_op:
                 ops.accumulate_snapshots(pieces, coefs, total)
             else:
                 for row, piece in zip(wide, pieces, strict=True):
                     row.copy_(piece)
                 torch.mm(matrix, wide, out=total)
-        return 8 * (time.perf_counter() - start)
 
     try:
         with ThreadPoolExecutor(workers) as pool:
-            return min(max(pool.map(share, [by_op] * workers)) for by_op in (True, False))
+            list(pool.map(share, range(workers)))
     finally:
         torch.set_num_threads(workers)
 
@@ -193,7 +199,7 @@ def _run(scratch: Path, parameters: int, inputs: int, targets: int, rounds: int,
     paths = make_inputs(scratch, parameters, inputs)
     work = Reconstruction([open_average(path) for path in paths], np.linspace(0.01, 0.25, targets).tolist())
     coefs = work.combination.coefs[0]
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[Took]] = {}
 
     def timed(name: str, action: Callable[[], object]) -> None:
         times.setdefault(name, []).append(seconds(action, paths))
@@ -203,7 +209,8 @@ def _run(scratch: Path, parameters: int, inputs: int, targets: int, rounds: int,
         (scratch / "limit").mkdir()
         timed("write", lambda: write_all(scratch / "limit", targets, size))
         shutil.rmtree(scratch / "limit")
-        times.setdefault("multiply-add", []).append(multiply_add_seconds(inputs, coefs, parameters))
+        sums = [seconds(lambda by_op=by_op: multiply_add(inputs, coefs, parameters, by_op)) for by_op in (True, False)]
+        times.setdefault("multiply-add", []).append(min(sums))
         ours = [scratch / "ours" / f"{m}.safetensors" for m in range(targets)]
         timed("one pass", lambda ours=ours: work.to_files(ours, threads=THREADS))
         theirs = [scratch / f"mm{m}.safetensors" for m in range(targets)]
@@ -214,17 +221,19 @@ def _run(scratch: Path, parameters: int, inputs: int, targets: int, rounds: int,
             path.unlink()
     for m in range(loops):
         timed("loop, one target", lambda m=m: by_loop(paths, coefs[:, m], scratch / "loop.safetensors"))
-    best = {name: min(found) for name, found in times.items()}
-    limit = max(best[name] for name in ("read", "write", "multiply-add"))
-    loop = best["loop, one target"] * targets
+    best = {name: Took(*map(min, zip(*found, strict=True))) for name, found in times.items()}
+    limits = [best[name] for name in ("read", "write", "multiply-add")]
+    slowest, needed = max(limit.clock for limit in limits), sum(limit.processor for limit in limits)
+    loop = Took(*(targets * value for value in best["loop, one target"]))
     rows = [
         (f"limit: reading {inputs * size / 1e9:.1f} GB", best["read"]),
         (f"limit: writing {targets * size / 1e9:.1f} GB", best["write"]),
         (f"limit: {inputs * targets * parameters / 1e9:.0f} G multiply-adds", best["multiply-add"]),
         ("**one pass** (`Reconstruction.to_files`)", best["one pass"]),
         ("tiled `torch.mm`, memory-mapped inputs", best["tiled torch.mm"]),
-        (f"a loop for each target, {targets} × {best['loop, one target']:.1f} s", loop),
+        (f"a loop for each target, {targets} × {best['loop, one target'].clock:.1f} s", loop),
     ]
+    ours = best["one pass"]
     info = edm2ext.build_info()
     load = os.getloadavg()
     return [
@@ -235,11 +244,14 @@ def _run(scratch: Path, parameters: int, inputs: int, targets: int, rounds: int,
         f"`python -m benchmarks.reconstruct`: {targets} EMA lengths from {inputs} float16 snapshots of "
         f"{parameters / 1e6:.0f} M parameters, least of {rounds}.",
         "",
-        "| | seconds | of the slowest limit's speed | one pass is faster by |",
-        "|---|---:|---:|---:|",
+        "| | seconds | of the slowest limit's speed | processor seconds | of the three limits' together | one pass is "
+        "faster by | with less processor time by |",
+        "|---|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {time:.1f} | {100 * limit / time:.0f} % | {time / best['one pass']:.2f}× |"
-            for name, time in rows
+            f"| {name} | {took.clock:.1f} | {100 * slowest / took.clock:.0f} % | {took.processor:.1f} | "
+            f"{100 * needed / took.processor:.0f} % | {took.clock / ours.clock:.2f}× | "
+            f"{took.processor / ours.processor:.2f}× |"
+            for name, took in rows
         ),
     ]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from edm2ext.phema import checksum
 from python_train import UserError, official
 from python_train.network import Precond
+from python_train.pickles.names import is_official
 
 FORMAT_VERSION = 2  # 1: snapshots had no checksum, training states no run and no loss scale
 HEADER_KEYS = ("format_version", "config", "nimg", "sigma_rel", "ema_kind", "dataset", "encoder")
@@ -144,7 +145,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Pickles of the EDM2 reference program are read too (:mod:`python_train.official`).
     """
     path = Path(path)
-    if official.is_official(path):
+    if is_official(path):
         return official.read_snapshot(path).header
     if not path.is_file():
         raise UserError(f"no such snapshot: {path}")
@@ -177,7 +178,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a snapshot as they are stored, on the CPU. Raises UserError if any bit of the file has changed
     since it was written (files of format 1 have no checksum: there it shows only where the layout is wrong)."""
     path = Path(path)
-    if official.is_official(path):
+    if is_official(path):
         return {name: tensor.read() for name, tensor in official.read_snapshot(path).tensors.items()}
     header = read_header(path)
     try:

@@ -17,14 +17,8 @@ from tqdm import tqdm
 from python_train import UserError
 from python_train.checkpoint import read_header, read_tensors, save_state, snapshot_name, stream_snapshot
 from python_train.network import Precond
-from python_train.official import (
-    FILE_NAME,
-    LICENSE,
-    OfficialSnapshot,
-    OfficialTrainingState,
-    nimg_of,
-    read_official,
-)
+from python_train.official import LICENSE, OfficialSnapshot, OfficialTrainingState, read_official
+from python_train.pickles.names import FILE_NAME, nimg_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from python_train import UserError
+from python_train.command_line import device_options, reported
 from python_train.data import Encoder
 from python_train.guidance import Guide
 from python_train.image_job import GuideFile, Job, folders_of, save_image
 from python_train.network import Precond
 from python_train.pictures import image_grid, save_png
 from python_train.sample import SeededRandom, sample
-from python_train.sampling_options import chosen_networks, guidance_options, network_options, sampler_options
+from python_train.sampling_options import (
+    chosen_networks,
+    guidance_options,
+    network_options,
+    sampler_options,
+    vae_option,
+)
 from python_train.world import World, open_world
 
 LARGEST_GRID = 1024
@@ -99,10 +106,13 @@ def generate(
     subdirs: bool = False,
     grid: Path | None = None,
     overwrite: bool = False,
+    vae: str | None = None,
     world: World | None = None,
     **sampler: Any,
 ) -> list[Path]:
-    """Write one PNG per seed and network (this process's share of them); latents are written as .npy.
+    """Write one PNG per seed and network (this process's share of them).
+
+    Latents are decoded by ``vae``, a name or folder for diffusers; without one they are written as .npy.
 
     Images that are there whole and were made with the same options are kept; damaged ones among them are drawn anew.
     With several networks each has a folder of its own in ``outdir``. ``grid`` is where to draw a table of all images,
@@ -114,7 +124,7 @@ def generate(
     world = world or World()
     check_sampler(guides, sampler)
     jobs = [
-        Job(net_path, folder, seeds, world.device, class_idx, guides, sampler, subdirs, overwrite)
+        Job(net_path, folder, seeds, world.device, class_idx, guides, sampler, subdirs, overwrite, vae)
         for net_path, folder in zip(net_paths, folders_of(net_paths, outdir), strict=True)
     ]
     if grid is not None:
@@ -147,11 +157,12 @@ def draw(
     with contextlib.ExitStack() as stack:
         if batches:
             net, guides = stack.enter_context(job.networks(world.device))
+            decode = job.decoder(world.device)
         job.make_folders()
         if world.rank == 0:
             job.write_options()
         for chunk in batches:
-            images = generate_batch(net, job.encoder, chunk, class_idx, guides, **sampler)
+            images = decode(generate_batch(net, job.encoder, chunk, class_idx, guides, **sampler))
             for seed, image in zip(chunk, images.cpu().numpy(), strict=True):
                 save_image(job.paths[seed], image)
             progress.update(len(chunk))
@@ -174,10 +185,10 @@ def check_grid(path: Path, jobs: Sequence[Job], overwrite: bool) -> None:
     if not path.parent.is_dir():
         raise UserError(f"the folder of the grid {path} does not exist")
     if any(job.suffix == ".npy" for job in jobs):
-        raise UserError("a grid shows images, and these networks make latents")
+        raise UserError("a grid shows images, and these are latents: leave --latents out")
     if count > LARGEST_GRID:
         raise UserError(f"a grid of {count} images is too large; name {LARGEST_GRID} seeds or fewer")
-    if len({job.shape for job in jobs}) > 1:
+    if len({job.drawn for job in jobs}) > 1:
         raise UserError("a grid needs networks of one image size")
 
 
@@ -212,8 +223,8 @@ Examples:
         --outdir out --seeds 0-63
   The same seeds from two networks, side by side in one picture:
     python -m python_train.generate --net A --net B --outdir out --seeds 0-15 --grid compare.png
-  With published weights, which lie in the folder weights/:
-    python -m python_train.generate --preset edm2-img512-s-guid-dino --outdir out --seeds 0-63
+  With published weights, which lie in the folder weights/ (else it says which to fetch):
+    python -m python_train.generate --preset edm2-img512-s-interval-dino --outdir out --seeds 0-63
   50,000 images on eight GPUs:
     torchrun --standalone --nproc_per_node=8 -m python_train.generate --net NET --outdir out --subdirs \\
         --seeds 0-49999 --batch 64
@@ -233,8 +244,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--grid", type=_PATH, help="Draw all images into this PNG as well: a table, or a row for each network.")
 @guidance_options
 @sampler_options
-@click.option("--batch", type=click.IntRange(min=1), default=32, help="Images at a time, in each process.")
-@click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]")
+@vae_option
+@click.option("--latents", is_flag=True, help="Write latents as .npy, not decoded.")
+@device_options(32)
 @click.option("--subdirs", is_flag=True, help="A folder per 1000 seeds.")
 @click.option("--overwrite", is_flag=True, help="Replace images that exist already.")
 def main(
@@ -242,29 +254,26 @@ def main(
     seeds: str,
     net_paths: tuple[Path, ...],
     preset: str | None,
-    weights: Path,
+    weights: str,
     gnet_paths: tuple[Path, ...],
     guidance: tuple[str, ...],
     guidance_blend: float | None,
     guidance_interval: tuple[str, ...],
+    vae: str,
+    latents: bool,
     **options: Any,
 ) -> None:
     """Draw images from a trained network: {seed:06d}.png for every seed."""
-    try:
-        net_paths, guides = chosen_networks(
-            net_paths, preset, weights, gnet_paths, guidance, guidance_blend, guidance_interval
-        )
+    with reported("interrupted; the same command draws the rest"):
         numbers = parse_seeds(seeds)
         with open_world(device) as world:
-            generate(net_paths, seeds=numbers, guides=guides, world=world, **options)
+            net_paths, guides = chosen_networks(
+                net_paths, preset, weights, gnet_paths, guidance, guidance_blend, guidance_interval, world
+            )
+            decoded_by = None if latents else vae
+            generate(net_paths, seeds=numbers, guides=guides, vae=decoded_by, world=world, **options)
             if world.rank == 0:
                 click.echo(f"{len(numbers) * len(net_paths)} images in {options['outdir']}")
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"not enough GPU memory; try a smaller --batch ({error})") from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command draws the rest") from None
 
 
 if __name__ == "__main__":

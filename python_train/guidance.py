@@ -2,7 +2,8 @@
 
 D = D_main + sum_i (w_i - 1) (D_main - D_i), Eq. 6 of the autoguidance paper. An unconditional guide makes it
 classifier-free guidance, a smaller or less trained one autoguidance. A weight is constant within a step and belongs to
-the noise level at which the step starts; where it is 1, the guide is not evaluated. Networks run one after the other.
+the noise level at which the step starts; where it is 1, the guide is not evaluated. On a GPU each guide has a stream of
+its own beside the main network's; on a CPU networks run one after the other.
 """
 
 from __future__ import annotations
@@ -118,19 +119,30 @@ class GuidedDenoiser:
         self.weights = [guide.weights(levels) for guide in guides]
         self.network = _network_input(net, device)
         self._shares = [_network_input(guide.net, device) == self.network for guide in guides]
+        self._streams = [_side_stream(device) for _ in guides]
 
     def __call__(self, x: Tensor, t: Tensor, step: int, x_in: Tensor | None = None) -> Denoised:
         """Evaluate the main network and the guides of this step at noise level t."""
+        active = [i for i, weights in enumerate(self.weights) if weights[step] != 1]
+        guided = [(self._evaluate_beside(i, x, t, x_in), self.weights[i][step]) for i in active]
         D_main = self._evaluate(self.net, x, t, x_in)
-        active = []
-        for guide, weights, shares in zip(self.guides, self.weights, self._shares, strict=True):
-            if weights[step] != 1:
-                active.append((self._evaluate(guide.net, x, t, x_in if shares else None), weights[step]))
-        if not active:
+        for i in active:
+            if (stream := self._streams[i]) is not None:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
+        if not guided:
             return Denoised(D_main)
-        if len(active) == 1:
-            return Denoised(D_main, *active[0])
-        return Denoised(D_main + sum((w - 1) * (D_main - D_guide) for D_guide, w in active))
+        if len(guided) == 1:
+            return Denoised(D_main, *guided[0])
+        return Denoised(D_main + sum((w - 1) * (D_main - D_guide) for D_guide, w in guided))
+
+    def _evaluate_beside(self, i: int, x: Tensor, t: Tensor, x_in: Tensor | None) -> Tensor:
+        """A guide's output. On a GPU its stream begins when the current one has come here, which must wait for it in
+        turn: then memory that one of them frees is not reused before the other is done with it."""
+        stream = self._streams[i]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):  # None: does nothing
+            return self._evaluate(self.guides[i].net, x, t, x_in if self._shares[i] else None)
 
     def _evaluate(self, net: Denoiser, x: Tensor, t: Tensor, x_in: Tensor | None) -> Tensor:
         D = net(x, t, self.labels) if x_in is None else net.denoise(x, t, self.labels, x_in)
@@ -140,3 +152,8 @@ class GuidedDenoiser:
 def _network_input(net: Denoiser, device: torch.device) -> ops.NetworkInput | None:
     """How the network takes its input, if a step of the sampler can make it."""
     return net.network_input(device) if isinstance(net, Precond) else None
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream beside the current one; None where there are none."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from python_train import UserError
 from python_train.checkpoint import atomic_write, load_snapshot, read_header, write_text
 from python_train.data import open_encoder
+from python_train.data.latents import decode, open_vae
 from python_train.guidance import Guide, Interval
 from python_train.network import Precond
 from python_train.pictures import save_png, to_pillow
@@ -76,14 +78,14 @@ def save_image(path: Path, image: np.ndarray) -> None:
         np.save(file, image)
 
 
-def is_whole(path: Path, shape: Sequence[int]) -> bool:
-    """Whether a file holds an undamaged image [C,H,W] (PNG) or latent (.npy) of that shape."""
+def is_whole(path: Path, shape: Sequence[int] | None) -> bool:
+    """Whether a file holds an undamaged image [C,H,W] (PNG) or latent (.npy) of that shape; None = of any."""
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False).shape == tuple(shape)
+            return np.load(path, mmap_mode="r", allow_pickle=False).shape == tuple(shape or ())
         with Image.open(path) as image:
             image.verify()  # reads all of it and compares its checksums, but the last
-            fits = (len(image.getbands()), image.height, image.width) == tuple(shape)
+            fits = shape is None or (len(image.getbands()), image.height, image.width) == tuple(shape)
         return fits and path.read_bytes().endswith(_PNG_END)
     except (OSError, ValueError, SyntaxError, EOFError):  # SyntaxError: Pillow's word for a broken PNG
         return False
@@ -125,6 +127,7 @@ class Job:
         sampler: dict[str, Any],
         subdirs: bool,
         overwrite: bool,
+        vae: str | None = None,
     ) -> None:
         self.net_path, self.guides, self.folder, self.overwrite = net_path, guides, folder, overwrite
         header = read_header(net_path)
@@ -133,14 +136,18 @@ class Job:
         for guide in guides:
             check_guide(config, read_header(guide.path)["config"])
         self.encoder = open_encoder(header["encoder"])
-        self.shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
-        self.suffix = ".npy" if header["encoder"]["kind"] == "latent" else ".png"
+        latent = header["encoder"]["kind"] == "latent"
+        self.vae = vae if latent else None
+        self.drawn = (config["img_channels"], config["img_resolution"], config["img_resolution"])
+        self.shape = None if self.vae else self.drawn  # what a VAE makes is not known before
+        self.suffix = ".npy" if latent and vae is None else ".png"
         self.paths = {seed: image_path(folder, seed, subdirs, self.suffix) for seed in seeds}
         facts = {
             "net": file_facts(net_path),
             "class": class_idx,
             "guides": [guide.facts() for guide in guides],
             "device": device.type,
+            "vae": self.vae,
             **sampler_facts(sampler),
         }
         self.options = json.loads(json.dumps(facts))
@@ -201,6 +208,16 @@ class Job:
                 return net
 
             yield load(self.net_path), [Guide(load(guide.path), guide.weight, guide.interval) for guide in self.guides]
+
+    def decoder(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Of what the network makes, as `generate_batch` returns it, to what is stored."""
+        if self.vae is None:
+            return lambda images: images
+        try:
+            vae = open_vae(self.vae).to(device).eval().requires_grad_(False)
+        except UserError as error:
+            raise UserError(f"{error}; --latents keeps the latents as they are") from error
+        return lambda latents: decode(vae, latents)
 
 
 def _check_class(net_path: Path, label_dim: int, class_idx: int | None) -> None:

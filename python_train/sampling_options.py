@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import click
 import torch
 
 from python_train import UserError
+from python_train.command_line import Decorator, decorated
+from python_train.data.__main__ import DEFAULT_VAE
 from python_train.guidance import Interval, blended_weights
 from python_train.image_job import GuideFile
-from python_train.presets import find_preset
+from python_train.presets import PUBLISHED_FILES, find_preset
 from python_train.sample import SOLVERS
+from python_train.world import World
 
 _PATH = click.Path(path_type=Path)
-Decorator = Callable[[Any], Any]
 
 
 def parse_weight(text: str) -> float | list[float]:
@@ -71,31 +73,35 @@ def pair_guides(
 def chosen_networks(
     net_paths: Sequence[Path],
     preset: str | None,
-    weights: Path,
+    weights: str,
     gnet_paths: Sequence[Path],
     guidance: Sequence[str],
     guidance_blend: float | None,
     guidance_interval: Sequence[str],
+    world: World | None = None,
 ) -> tuple[tuple[Path, ...], list[GuideFile]]:
-    """The networks and guides that `network_options` and `guidance_options` name. UserError where they do not fit."""
+    """The networks and guides that `network_options` and `guidance_options` name, downloaded where they are URLs.
+
+    Raises UserError where they do not fit or are not there. All processes of ``world`` call it.
+    """
     if preset is not None:
         decided = {"--net": net_paths, "--gnet": gnet_paths, "--guidance": guidance}
         if given := [name for name, value in decided.items() if value]:
             raise UserError(f"--preset decides on the networks and the guidance: leave {' and '.join(given)} out")
-        net_path, gnet_path, weight = find_preset(preset, weights)
-        net_paths = (net_path,)
-        gnet_paths, guidance = ((gnet_path,), (str(weight),)) if gnet_path else ((), ())
+        if world is not None and world.rank == 0:
+            find_preset(preset, weights)  # what must be fetched, one process fetches
+        if world is not None:
+            world.wait()
+        found = find_preset(preset, weights)
+        net_paths = (found.net,)
+        gnet_paths, guidance = ((found.gnet,), (str(found.guidance),)) if found.gnet else ((), ())
+        if found.interval is not None and not guidance_interval:
+            guidance_interval = (found.interval,)
     if not net_paths:
         raise UserError("name a network: --net or --preset")
     guide_weights = [parse_weight(text) for text in guidance]
     intervals = [parse_interval(text) for text in guidance_interval]
     return tuple(net_paths), pair_guides(gnet_paths, guide_weights, guidance_blend, intervals)
-
-
-def _decorated(command: Any, options: Sequence[Decorator]) -> Any:
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def network_options(several: str) -> Decorator:
@@ -114,9 +120,20 @@ def network_options(several: str) -> Decorator:
             help="Published networks and guidance by name, such as edm2-img512-s-guid-dino, in place of "
             "--net, --gnet and --guidance; any other word lists the names.",
         ),
-        click.option("--weights", type=_PATH, default="weights", help="Folder of the networks that presets name."),
+        click.option(
+            "--weights",
+            default="weights",
+            help="Folder of the networks that presets name, or a URL, from which they are downloaded once, such as "
+            f"{PUBLISHED_FILES}",
+        ),
     ]
-    return lambda command: _decorated(command, options)
+    return lambda command: decorated(command, options)
+
+
+def vae_option(command: Any) -> Any:
+    """--vae."""
+    text = "VAE of diffusers that decodes latents: its name on the hub, or a folder."
+    return click.option("--vae", default=DEFAULT_VAE, help=text)(command)
 
 
 def guidance_options(command: Any) -> Any:
@@ -149,7 +166,7 @@ def guidance_options(command: Any) -> Any:
             "--gnet. Elsewhere guides are not evaluated.",
         ),
     ]
-    return _decorated(command, options)
+    return decorated(command, options)
 
 
 def _dtype(context: click.Context, parameter: click.Parameter, value: str) -> torch.dtype:
@@ -183,4 +200,4 @@ def sampler_options(command: Any) -> Any:
             help="Arithmetic of the solver (the network's is its own).",
         ),
     ]
-    return _decorated(command, options)
+    return decorated(command, options)

@@ -97,7 +97,8 @@ class Saver:
             parameters = trainer.whole(profile)
             if self.run is not None:
                 averages = dict(zip(trainer.names, copy_to_cpu(parameters, dtype), strict=True))
-                header = tracked(trainer.net, nimg=trainer.nimg, sigma_rel=sigma_rel, **self.facts)
+                updates = trainer.nimg // trainer.options.batch
+                header = tracked(trainer.net, nimg=trainer.nimg, sigma_rel=sigma_rel, updates=updates, **self.facts)
                 path = self.run.path / checkpoint.snapshot_name(trainer.nimg, sigma_rel)
                 yield functools.partial(save_tracked, path, header, averages, buffers, storage)
 

@@ -20,10 +20,11 @@ FORMAT_VERSION = 1
 
 
 def tracked(
-    net: Precond, *, nimg: int, sigma_rel: float, dataset: dict[str, Any], encoder: dict[str, Any]
+    net: Precond, *, nimg: int, sigma_rel: float, updates: int, dataset: dict[str, Any], encoder: dict[str, Any]
 ) -> dict[str, Any]:
-    """The header of a snapshot of an average that was tracked in training."""
-    facts = {"nimg": nimg, "sigma_rel": sigma_rel, "ema_kind": "power", "dataset": dataset, "encoder": encoder}
+    """The header of a snapshot of an average that was tracked in training, by so many updates."""
+    facts = {"nimg": nimg, "sigma_rel": sigma_rel, "ema_kind": "power", "updates": updates}
+    facts |= {"dataset": dataset, "encoder": encoder}
     return {"format_version": checkpoint.FORMAT_VERSION, "config": net.config, **facts}
 
 

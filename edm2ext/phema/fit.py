@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -138,10 +137,10 @@ class _System:
 
         An average that ends last has the coefficient 1 less all others, so that its cumulative is subtracted from all.
         """
-        tau, weights = _quadrature(np.concatenate([[0.0], np.unique(self.nimg)]))
+        tau, weights = quadrature(np.concatenate([[0.0], np.unique(self.nimg)]))
         root = np.sqrt(weights)[:, None]
         last = int(np.argmax(self.nimg))
-        stored = (_cumulative(self.nimg, self.std, tau).T) * root
+        stored = (cumulative(self.nimg, self.std, tau).T) * root
         wanted = np.stack([profile.cumulative(tau) for profile in profiles], axis=1) * root
         others = np.delete(stored, last, axis=1) - stored[:, [last]]
         scale = np.linalg.norm(others, axis=0)
@@ -161,69 +160,6 @@ class _System:
         return float(np.sqrt(max(0.0, square - mean**2)))
 
 
-@dataclass(frozen=True)
-class Motion:
-    """The way of the weights through training, as far as stored averages show it: a random walk whose speed changes.
-
-    edges [K + 1]: 0 and the times of the stored averages; rates [K]: mean square step of a weight per image in each
-    interval between them; squares [N]: mean square of the weights in each stored average.
-    """
-
-    edges: NDArray[np.float64]
-    rates: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    samples: NDArray[np.float32]
-
-    def expected_error(self, fit: Fit, nimg: NDArray, std: NDArray, rounding: NDArray) -> float:
-        """Expected |result - what tracking it would have given| / |result| over all weights, in L2.
-
-        nimg, std, rounding [N]: of the inputs; rounding as in `ROUNDING`. With C the cumulative of the difference of
-        the profiles, an error of e = -integral of C dtheta is expected from the fit: integral of rate C^2 in square.
-        """
-        tau, weights = _quadrature(self.edges)
-        cumulative = _cumulative(nimg, std, tau)
-        reached = float(self.edges[-1])
-        difference = fit.coefs @ cumulative - fit.target.profile(reached).cumulative(tau)
-        moved = float((np.repeat(self.rates, _NODES) * weights) @ difference**2)
-        rounded = float((fit.coefs * rounding) ** 2 @ self.squares)
-        result = float(np.mean((fit.coefs.astype(np.float32) @ self.samples) ** 2, dtype=np.float64))
-        return float(np.sqrt((moved + rounded) / result)) if result > 0 else 0.0
-
-
-def estimate_motion(
-    nimg: NDArray, std: NDArray, samples: NDArray, rounding: NDArray, start: NDArray | None = None
-) -> Motion:
-    """The speed of the random walk that makes consecutive stored averages differ as much as they do.
-
-    nimg, std, rounding [N]: of the stored averages, ordered by time; samples [N, S]: the same S weights of each, in
-    float32; start [S]: the same of the untrained network, if it is at hand. Without, two widths at the first time tell
-    how the weights moved up to there, or else it is taken for the same as after it.
-    """
-    times = np.unique(nimg)
-    edges = np.concatenate([[0.0], times])
-    tau, weights = _quadrature(edges)
-    cumulative = _cumulative(nimg, std, tau)
-    squares = np.mean(samples**2, axis=1, dtype=np.float64)
-    shortest = [min(np.flatnonzero(nimg == time), key=lambda i: std[i]) for time in times]
-
-    def speed(i: int, values: NDArray, response: NDArray, noise: float) -> float:
-        distance = float(np.mean((samples[i] - values) ** 2, dtype=np.float64)) - rounding[i] ** 2 * squares[i] - noise
-        return max(0.0, distance) / float(weights @ (cumulative[i] - response) ** 2)
-
-    def between(i: int, j: int) -> float:
-        return speed(i, samples[j], cumulative[j], rounding[j] ** 2 * squares[j])
-
-    rates = [between(now, before) for before, now in pairwise(shortest)]
-    first = np.flatnonzero(nimg == times[0])
-    if start is not None:
-        rates.insert(0, speed(shortest[0], start, np.ones_like(tau), 0.0))
-    elif len(first) > 1:
-        rates.insert(0, between(shortest[0], max(first, key=lambda i: std[i])))
-    else:
-        rates.insert(0, rates[0] if rates else 0.0)
-    return Motion(edges, np.array(rates), squares, samples)
-
-
 def _least_squares(a: NDArray, b: NDArray) -> NDArray:
     """x [n, k] for the least |a x - b|: by normal equations, corrected twice, which is as exact as the QR decomposition
     and far faster; by that where a is too ill-conditioned for them."""
@@ -237,14 +173,14 @@ def _least_squares(a: NDArray, b: NDArray) -> NDArray:
     return x
 
 
-def _quadrature(edges: NDArray) -> tuple[NDArray, NDArray]:
+def quadrature(edges: NDArray) -> tuple[NDArray, NDArray]:
     """Nodes and weights of Gauss and Legendre in every interval."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     half = np.diff(edges)[:, None] / 2
     return (edges[:-1, None] + half * (nodes + 1)).ravel(), (half * weights).ravel()
 
 
-def _cumulative(nimg: NDArray, std: NDArray, tau: NDArray) -> NDArray:
+def cumulative(nimg: NDArray, std: NDArray, tau: NDArray) -> NDArray:
     """[N, times]: the part of each power profile before each time."""
     ratio = np.minimum(tau[None, :] / nimg[:, None], 1)
     return ratio ** (sigma_rel_to_gamma(std)[:, None] + 1)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,6 +50,8 @@ class OutputFiles:
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666)
         self._files: dict[int, int] = {}
         self._synced = time.monotonic()
+        self._noting: Future[None] | None = None
+        self._noter = ThreadPoolExecutor(1, "sync")
         try:
             try:
                 fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,8 +85,11 @@ class OutputFiles:
         opened = os.open(self._parts[i], os.O_WRONLY) if descriptor is None else None
         try:
             done = 0
+            target = opened if descriptor is None else descriptor
             while done < len(content):
-                done += os.pwrite(opened if descriptor is None else descriptor, content[done:], position + done)
+                done += os.pwrite(target, content[done:], position + done)
+            # The disk begins at once, not when memory is full of what waits for it.
+            os.posix_fadvise(target, position, len(content), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.paths[i]}: {error.strerror or error}") from error
         finally:
@@ -92,12 +97,17 @@ class OutputFiles:
                 os.close(opened)
 
     def written(self, position: int) -> None:
-        """Note, now and then, that all elements before `position` are written."""
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            self._note(position)
+        """Note, now and then, that all elements before `position` are written; another thread waits for the disk."""
+        if self._noting is not None and self._noting.done():
+            self._noting.result()
+            self._noting = None
+        if self._noting is None and time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            self._noting = self._noter.submit(self._note, position)
 
     def commit(self) -> None:
         """Give the files their names."""
+        if self._noting is not None:
+            self._noting.result()
         self._note(self.combination.numel)
         for part, path in zip(self._parts, self.paths, strict=True):
             if part.exists():
@@ -111,6 +121,7 @@ class OutputFiles:
             _remove_leftovers(path)
 
     def close(self) -> None:
+        self._noter.shutdown()
         while self._files:
             os.close(self._files.popitem()[1])
         if self._journal >= 0:

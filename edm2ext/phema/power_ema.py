@@ -41,6 +41,7 @@ class PowerEMA:
         sigma_rel_to_gamma(self.sigma_rels)  # raises for a width out of range
         self.profiles = [[_copy(_local(param)) for param in self.params] for _ in self.sigma_rels]
         self.nimg = 0
+        self.updates = 0
 
     def update(self, nimg_next: int, batch: int | None = None) -> None:
         """Take in the parameters after an optimizer step that ended at `nimg_next` images.
@@ -56,6 +57,7 @@ class PowerEMA:
                 )
         ops.ema_update_(self.profiles, [_local(param) for param in self.params], self.weights(nimg_next, batch))
         self.nimg = nimg_next
+        self.updates += 1
 
     def weights(self, nimg_next: int, batch: int) -> list[float]:
         """1 - beta of each profile: how much of the parameters `update` takes in (Eq. 127)."""
@@ -90,7 +92,13 @@ class PowerEMA:
         for sigma_rel in self.sigma_rels:
             tensors = {**self.averages(sigma_rel), **buffers}
             if _is_first_process():
-                facts = {**(header or {}), "nimg": nimg, "sigma_rel": sigma_rel, "ema_kind": "power"}
+                facts = {
+                    **(header or {}),
+                    "nimg": nimg,
+                    "sigma_rel": sigma_rel,
+                    "ema_kind": "power",
+                    "updates": self.updates,
+                }
                 save_average(Path(path(sigma_rel)), tensors, facts, storage, copied=buffers)
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
@@ -104,6 +112,7 @@ class PowerEMA:
             "sigma_rels": list(self.sigma_rels),
             "profiles": [list(profile) for profile in self.profiles],
             "nimg": self.nimg,
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,7 +125,7 @@ class PowerEMA:
         for profile, saved in zip(self.profiles, state["profiles"], strict=True):
             for ema, value in zip(profile, saved, strict=True):
                 ema.copy_(value)
-        self.nimg = state.get("nimg", 0)
+        self.nimg, self.updates = state.get("nimg", 0), state.get("updates", 0)
 
 
 def _local(param: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edm2ext.phema.fit import ROUNDING, Motion, Target, estimate_motion, fit
+from edm2ext.phema.fit import ROUNDING, Target, fit
+from edm2ext.phema.motion import Motion, estimate_motion
 from edm2ext.phema.output import OutputFiles
 from edm2ext.phema.stored import HEADER, StoredAverage, open_average
 from edm2ext.phema.stream import DEFAULT_MEMORY, Combination, sample, stream
@@ -61,7 +62,6 @@ class Reconstruction:
         times = [target.nimg for target in self.targets if target.nimg is not None]
         last = max(times) if len(times) == len(self.targets) else float("inf")
         self.inputs = [average for average in ordered if 0 < average.nimg <= last]
-        self.start = next((average for average in ordered if average.nimg == 0), None)
         if not self.inputs:
             raise ValueError("reconstruct: there is no stored average after time 0 and up to the target's time")
         self.nimg = np.array([average.nimg for average in self.inputs], dtype=np.float64)
@@ -85,13 +85,8 @@ class Reconstruction:
 
     def motion(self, threads: int = 8) -> Motion:
         """What a few of the inputs' weights tell about the way of all of them."""
-        values = sample(self.combination, threads=threads)
-        start = None
-        if self.start is not None and self.start.tensors.keys() == self.inputs[0].tensors.keys():
-            alone = Combination([self.start], [np.ones([1, 1])] * (1 + len(self.groups)), self._group_of)
-            if alone.offsets() == self.combination.offsets():
-                start = sample(alone, threads=threads)[0]
-        return estimate_motion(self.nimg, self.std, values, self.rounding, start)
+        updates = [average.header.get("updates", 0) for average in self.inputs]
+        return estimate_motion(self.nimg, self.std, sample(self.combination, threads=threads), self.rounding, updates)
 
     def quality(self, motion: Motion | None = None) -> list[Quality]:
         """What to expect of each target, and then of the widths that groups have; without motion, of the profiles."""
@@ -99,7 +94,8 @@ class Reconstruction:
         for result in (*self.fits[0], *(fits[0] for fits in self.fits[1:])):
             expected = float("nan")
             if motion is not None:
-                expected = motion.expected_error(result, self.nimg, self.std, self.rounding)
+                (closest,) = [result] if self.kind == "weights" else fit(self.nimg, self.std, [result.target])
+                expected = motion.expected_error(result, closest)
             noise = result.rounding_noise(self.rounding)
             found.append(
                 Quality(result.target, result.profile_error, result.sum_abs, noise, expected, result.sigma_rel)

@@ -27,6 +27,7 @@ from edm2ext.phema.stored import OpenFiles, StoredAverage, StoredTensor
 
 DEFAULT_MEMORY = 256 << 20
 _BLOCK = 8192  # elements whose sums a thread makes at a time: those of all outputs stay in a cache
+_TILE = 1 << 18  # elements of a tile at most: few enough that what is summed is still in the cache when it is written
 _AHEAD = 2  # tiles whose inputs, and whose outputs, are in memory at a time
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -274,7 +275,7 @@ def _sizes(combination: Combination, dtype: torch.dtype, memory: int) -> tuple[i
     workers = torch.get_num_threads()
     block = max(256, min(_BLOCK, memory // (16 * combination.outputs * workers)))
     per_element = _AHEAD * (sum(_widths(combination)) + combination.outputs * dtype.itemsize)
-    tile = (memory - 4 * block * combination.outputs * workers) // per_element
+    tile = min(_TILE, (memory - 4 * block * combination.outputs * workers) // per_element)
     return block, max(256, tile // block * block if tile > block else tile)
 
 

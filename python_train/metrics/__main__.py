@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,21 @@ import torch
 from edm2ext.phema import parse_sigma_rel_list
 from python_train import UserError
 from python_train.checkpoint import write_text
-from python_train.data.__main__ import DEFAULT_VAE
+from python_train.command_line import decorated, device_options, reported
+from python_train.download import local_file
 from python_train.generate import parse_seeds
 from python_train.metrics.compare import Estimate, measure
 from python_train.metrics.extractors import KINDS, NEED_WEIGHTS, FeatureExtractor, feature_extractor
 from python_train.metrics.images import Drawing, Stored, StoredGuide, dataset_images, open_images
 from python_train.metrics.passes import feature_pass, random_subset
 from python_train.metrics.reference import Reference, describe, read_reference, write_reference
-from python_train.metrics.weights import local_file
-from python_train.sampling_options import chosen_networks, guidance_options, network_options, sampler_options
+from python_train.sampling_options import (
+    chosen_networks,
+    guidance_options,
+    network_options,
+    sampler_options,
+    vae_option,
+)
 from python_train.world import World, open_world
 
 PUBLISHED_NUM = 50_000  # images that published values of FID and FD-DINOv2 are of
@@ -40,33 +45,12 @@ Under torchrun the processes share the work; the result does not depend on how m
 """
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Turn errors that a person can act on into a message without a traceback."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"not enough GPU memory; try a smaller --batch ({error})") from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted") from None
-
-
 def _weights_options(command: Any) -> Any:
-    for name, needed in reversed(NEED_WEIGHTS.items()):
-        command = click.option(f"--{name}", help=f"Weights of the features {name}, a file or URL: {needed}.")(command)
-    return command
-
-
-def _pass_options(command: Any) -> Any:
     options = [
-        click.option("--batch", type=click.IntRange(min=1), default=64, help="Images at a time, in each process."),
-        click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]"),
+        click.option(f"--{name}", help=f"Weights of the features {name}, a file or URL: {needed}.")
+        for name, needed in NEED_WEIGHTS.items()
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return decorated(command, options)
 
 
 def _result_options(command: Any) -> Any:
@@ -82,9 +66,7 @@ def _result_options(command: Any) -> Any:
         click.option("--out", type=_PATH, help="Write the results to this JSON file as well."),
         click.option("--overwrite", is_flag=True, help="Replace --out if it is there."),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return decorated(command, options)
 
 
 def _check_output(path: Path | None, overwrite: bool) -> None:
@@ -197,7 +179,7 @@ def main() -> None:
 @click.option("--keep", type=click.IntRange(min=0), default=PUBLISHED_NUM, help="Keep the features of so many images, "
               "for all metrics but the Fréchet distance.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ahead, in each process.")
-@_pass_options
+@device_options(64)
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
 def _ref(
     data: str,
@@ -219,7 +201,7 @@ def _ref(
       torchrun --standalone --nproc_per_node=8 -m python_train.metrics ref imagenet512.zip imagenet512.ref \\
           --inception inception-v3-2015-12-05.pkl --dinov2 dinov2_vitl14_pretrain.pth
     """
-    with _reported(), open_world(device) as world:
+    with reported(), open_world(device) as world:
         _check_output(dest, overwrite)
         dataset = open_images(data)
         names = list(dict.fromkeys(features)) or [name for name in weights if weights[name]] or ["efflite0"]
@@ -251,7 +233,7 @@ def _ref(
               "[default: all]")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Of the choice by --num.")
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ahead, in each process.")
-@_pass_options
+@device_options(64)
 def _calc(
     images: str,
     ref_path: Path,
@@ -268,7 +250,7 @@ def _calc(
     **weights: str | None,
 ) -> None:
     """Compare IMAGES, a folder or ZIP, with a reference."""
-    with _reported(), open_world(device) as world:
+    with reported(), open_world(device) as world:
         _check_output(out, overwrite)
         dataset = open_images(images)
         if num is not None and dataset.num_images < num:
@@ -311,14 +293,14 @@ def _write_results(out: Path | None, results: Any) -> None:
 @click.option("--gnet-sigma-rel", type=float, multiple=True, help="EMA length of each --gnet that is a run's folder.")
 @click.option("--gnet-kimg", type=int, multiple=True, help="Training time of each --gnet that is a run's folder.")
 @sampler_options
-@click.option("--vae", default=DEFAULT_VAE, help="VAE that decodes latents: its name on the hub, or a folder.")
+@vae_option
 @_result_options
 @_weights_options
-@_pass_options
+@device_options(64)
 def _gen(
     net_paths: tuple[Path, ...],
     preset: str | None,
-    weights: Path,
+    weights: str,
     sigma_rel: str | None,
     kimg: int | None,
     seeds: str,
@@ -357,10 +339,10 @@ def _gen(
       torchrun --standalone --nproc_per_node=8 -m python_train.metrics gen --preset edm2-img512-s-autog-fid \\
           --ref img512.pkl --inception inception-v3-2015-12-05.pkl --dinov2 dinov2_vitl14_pretrain.pth
     """
-    with _reported(), open_world(device) as world:
+    with reported(), open_world(device) as world:
         _check_output(out, overwrite)
         paths, guide_files = chosen_networks(
-            net_paths, preset, weights, gnet_paths, guidance, guidance_blend, guidance_interval
+            net_paths, preset, weights, gnet_paths, guidance, guidance_blend, guidance_interval, world
         )
         guides = _stored_guides(guide_files, gnet_sigma_rel, gnet_kimg)
         widths = [None] if sigma_rel is None else parse_sigma_rel_list(sigma_rel)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from python_train import UserError
+from python_train.download import local_file
 from python_train.metrics import dinov2, efflite0, inception
 from python_train.metrics.preprocess import to_rgb
-from python_train.metrics.weights import digest, local_file, read_weights
+from python_train.metrics.weights import digest, read_weights
 
 
 class _Network(Protocol):

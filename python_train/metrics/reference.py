@@ -19,7 +19,7 @@ from python_train.checkpoint import atomic_write
 from python_train.metrics.compare import ReferenceFeatures
 from python_train.metrics.extractors import KINDS, FeatureExtractor
 from python_train.metrics.moments import Gaussian
-from python_train.official import read_metric_reference
+from python_train.pickles.metrics import read_metric_reference
 
 FORMAT_VERSION = 1
 _HEADER = "edm2_reference"

@@ -1,14 +1,9 @@
-"""Weights of feature networks, from a file or a URL, read without executing anything in them."""
+"""Weights of feature networks, read without executing anything in them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import re
-import shutil
-import urllib.parse
-import urllib.request
 import warnings
 from pathlib import Path
 
@@ -18,52 +13,13 @@ import torch
 from torch import Tensor
 
 from python_train import UserError
-from python_train.checkpoint import atomic_write
-from python_train.official import is_script, read_feature_network
-
-_URL = re.compile(r"[a-z]+://", re.IGNORECASE)
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: ``edm2ext`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm2ext"
-
-
-def local_file(source: str | os.PathLike[str]) -> Path:
-    """The file that ``source`` names: a path, or a URL, which is downloaded the first time.
-
-    Raises UserError if it is not there, or cannot be fetched whole.
-    """
-    text = os.fspath(source)
-    if not _URL.match(text):
-        if not Path(text).is_file():
-            raise UserError(f"no such file of weights: {text}")
-        return Path(text)
-    name = Path(urllib.parse.urlparse(text).path).name or "weights"
-    path = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-{name}"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with (
-            urllib.request.urlopen(text, timeout=60) as response,
-            atomic_write(path) as temporary,
-            open(temporary, "wb") as file,
-        ):
-            shutil.copyfileobj(response, file, 2**20)
-            expected = response.headers.get("Content-Length")
-            if expected is not None and file.tell() != int(expected):
-                raise UserError(f"{text} broke off after {file.tell()} of {expected} bytes; try again")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{text} cannot be fetched ({error}); fetch it yourself and name the file") from error
-    return path
+from python_train.pickles.metrics import read_feature_network
+from python_train.pickles.zip_file import is_script
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict by name: ``.safetensors``, a ``.pth`` of plain tensors, or a network as it was
-    pickled by the programs of StyleGAN or saved as TorchScript (:func:`python_train.official.read_feature_network`).
+    pickled by the programs of StyleGAN or saved as TorchScript (`python_train.pickles.metrics.read_feature_network`).
 
     Raises UserError, naming the file, if it is damaged or something else.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from python_train.config import format_nimg
 from python_train.reconstruct.snapshots import Snapshot, find_snapshots, open_snapshots, target_time
 from python_train.snapshot_storage import FORMAT_VERSION
 
-# Above these a result is not what was asked for: the profile differs visibly, or the weights are noisy.
-MOST_PROFILE_ERROR, MOST_NOISE = 0.02, 0.005
+# Above these a result is not what was asked for: the weights are off, or the profile differs visibly.
+MOST_ERROR, MOST_PROFILE_ERROR = 0.005, 0.02
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -81,26 +82,39 @@ def describe(qualities: Sequence[Quality], label: str = "sigma_rel") -> list[str
     return lines
 
 
-def warnings(qualities: Sequence[Quality]) -> list[str]:
-    """What the snapshots cannot support, and what would."""
+def warnings(qualities: Sequence[Quality], kind: str = "weights") -> list[str]:
+    """What the snapshots cannot support, and what would.
+
+    What counts is the error of the weights to expect; of the profile's, if that is what the fit made small (`kind`), or
+    where nothing tells of the weights.
+    """
     found = []
-    rough = [q for q in qualities if q.profile_error > MOST_PROFILE_ERROR]
-    if rough:
-        worst = max(rough, key=lambda q: q.profile_error)
-        found.append(
-            f"the snapshots are too few for sigma_rel {_list(rough)}: the profile of {worst.target.sigma_rel:g} is off "
-            f"by {100 * worst.profile_error:.2g} % (its width comes out as {worst.sigma_rel:.3f}); snapshots at "
-            "shorter intervals, or another tracked width, would support it (python -m python_train.reconstruct plan)"
-        )
-    noisy = [q for q in qualities if q.rounding_noise > MOST_NOISE]
+    noisy = [q for q in qualities if q.rounding_noise > MOST_ERROR]
+    by_profile = [q for q in qualities if kind == "profile" or not isfinite(q.expected_error)]
+    off = [q for q in by_profile if q.profile_error > MOST_PROFILE_ERROR]
+    rough = [q for q in qualities if q not in by_profile and q.expected_error**2 - q.rounding_noise**2 > MOST_ERROR**2]
+    for few, error, of in ((off, _profile_error, "profile is"), (rough, _expected_error, "weights are")):
+        if few:
+            worst = max(few, key=error)
+            found.append(
+                f"the snapshots are too few for sigma_rel {_list(few)}: the {of} off by {100 * error(worst):.2g} % at "
+                f"{worst.target.sigma_rel:g} (the profile's width comes out as {worst.sigma_rel:.3f}); snapshots at "
+                "shorter intervals, or another tracked width, would support it "
+                "(python -m python_train.reconstruct plan)"
+            )
     if noisy:
-        worst = max(noisy, key=lambda q: q.rounding_noise)
+        worst = max(noisy, key=_rounding_noise)
         found.append(
             f"the snapshots are stored too coarsely for sigma_rel {_list(noisy)}: rounding makes an error of "
             f"{100 * worst.rounding_noise:.2g} % in the weights at {worst.target.sigma_rel:g}; training with "
             "--snapshot-storage fp16+8 or fp32 avoids it"
         )
     return found
+
+
+_profile_error, _expected_error, _rounding_noise = map(
+    attrgetter, ("profile_error", "expected_error", "rounding_noise")
+)
 
 
 def _list(qualities: Sequence[Quality]) -> str:
@@ -241,5 +255,5 @@ def _print_expectations(work: phema.Reconstruction, times: Sequence[int], patter
         click.echo(f"{pattern}:")
         for line in describe([quality])[1:]:
             click.echo(line)
-    for text in warnings(qualities):
+    for text in warnings(qualities, work.kind):
         click.echo(f"WARNING: {text}", err=True)

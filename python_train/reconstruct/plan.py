@@ -14,7 +14,7 @@ from edm2ext.phema import ROUNDING, STORAGES, Target
 from edm2ext.phema.stored import BYTES
 from python_train import UserError
 from python_train.config import PRESETS, format_nimg, parse_nimg
-from python_train.reconstruct.command import MOST_NOISE, MOST_PROFILE_ERROR
+from python_train.reconstruct.command import MOST_ERROR, MOST_PROFILE_ERROR
 
 COUNTS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # of stored times
 PROFILES = ((0.05,), (0.05, 0.10), (0.02, 0.10), (0.015, 0.05), (0.02, 0.05, 0.10), (0.01, 0.03, 0.10))
@@ -37,12 +37,12 @@ class Way:
     @property
     def is_good(self) -> bool:
         """Whether every width comes out as asked for."""
-        return self.profile_error <= MOST_PROFILE_ERROR and self.noise <= MOST_NOISE
+        return self.profile_error <= MOST_PROFILE_ERROR and self.noise <= MOST_ERROR
 
     @property
     def badness(self) -> float:
         """How far it is from good."""
-        return max(self.profile_error / MOST_PROFILE_ERROR, self.noise / MOST_NOISE)
+        return max(self.profile_error / MOST_PROFILE_ERROR, self.noise / MOST_ERROR)
 
 
 def errors(interval: int, times: int, profiles: Sequence[float], widths: Sequence[float]) -> tuple[list, list]:

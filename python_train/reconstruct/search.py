@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from edm2ext.phema import parse_sigma_rel_list
 from python_train import UserError
 from python_train.checkpoint import write_text
+from python_train.command_line import device_options, reported
 from python_train.generate import parse_seeds
 from python_train.image_job import GuideFile
 from python_train.metrics import measure
@@ -26,7 +27,7 @@ from python_train.metrics.images import Drawing, Stored, StoredGuide
 from python_train.metrics.passes import feature_pass, random_subset
 from python_train.metrics.reference import read_reference
 from python_train.pictures import BLUE, GREY, ORANGE, save_figure
-from python_train.sampling_options import parse_interval, sampler_options
+from python_train.sampling_options import parse_interval, sampler_options, vae_option
 from python_train.world import World, open_world
 
 Point = dict[str, Any]  # a value for each axis
@@ -117,25 +118,28 @@ def minimise(
     """
     point = dict(start or {name: values[len(values) // 2] for name, values in axes.items()})
     value = table.look_up(point, evaluate)
+
+    def try_all(name: str, candidates: Sequence[Any]) -> None:
+        nonlocal point, value
+        for candidate in candidates:
+            other = {**point, name: candidate}
+            found = table.look_up(other, evaluate)
+            if found < value:
+                point, value = other, found
+
     for _ in range(rounds):
         before = value
         for name, values in axes.items():
-            for candidate in values:
-                other = {**point, name: candidate}
-                found = table.look_up(other, evaluate)
-                if found < value:
-                    point, value = other, found
+            try_all(name, values)
         if value == before or len([values for values in axes.values() if len(values) > 1]) == 1:
             break
     for name in refine:
+        try_all(name, axes[name])  # measured already, unless another axis moved after it: the whole curve is wanted
         rest = {**canonical(point), name: None}
         curve = sorted((p[name], v) for p, v in table.points() if {**p, name: None} == rest)
         between = parabola_minimum(curve)
         if between is not None:
-            other = {**point, name: between}
-            found = table.look_up(other, evaluate)
-            if found < value:
-                point, value = other, found
+            try_all(name, [between])
     return Found(point, value, len(table.values))
 
 
@@ -163,15 +167,19 @@ def plot(path: Path, table: Table, best: Point, metric: str, higher_is_better: b
         rest = _key({**point, "sigma_rel": None})
         curves.setdefault(rest, []).append((point["sigma_rel"], sign * value))
     own = _key({**best, "sigma_rel": None})
-    for rest, curve in curves.items():
-        if rest != own and len(curve) > 1:
-            ax.plot(*zip(*sorted(curve), strict=True), color=GREY, linewidth=0.8, alpha=0.6)
-    ax.plot(*zip(*sorted(curves[own]), strict=True), "o-", color=BLUE, markersize=4)
+    others = [sorted(curve) for rest, curve in curves.items() if rest != own and len(curve) > 1]
+    for number, curve in enumerate(others):
+        label = {"label": "otherwise"} if number == 0 else {}
+        ax.plot(*zip(*curve, strict=True), color=GREY, linewidth=0.8, alpha=0.6, **label)
+    best_label = {"label": "guidance as at the best"} if others else {}
+    ax.plot(*zip(*sorted(curves[own]), strict=True), "o-", color=BLUE, markersize=4, **best_label)
     at_best = dict(curves[own])[best["sigma_rel"]]
     ax.plot([best["sigma_rel"]], [at_best], "o", color=ORANGE, markersize=9, markerfacecolor="none")
+    if others:
+        ax.legend(fontsize=9)
     rest = {name: value for name, value in canonical(best).items() if name != "sigma_rel" and value is not None}
-    with_rest = "".join(f", {name} {value}" for name, value in rest.items())
-    ax.set_title(f"best: sigma_rel {best['sigma_rel']:g}{with_rest}, {metric} {at_best:.5g}", fontsize=10)
+    with_rest = ", ".join(f"{name} {value}" for name, value in rest.items())
+    ax.set_title(f"best: sigma_rel {best['sigma_rel']:g}, {metric} {at_best:.5g}\n{with_rest}".strip(), fontsize=10)
     ax.set(xlabel="EMA length sigma_rel", ylabel=metric)
     ax.grid(True, color="#e2e8f0")
     save_figure(path, figure)
@@ -252,9 +260,8 @@ _PATH = click.Path(path_type=Path)
               "in all steps, as 15-21 or 0.28,2.90. May be given several times.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Sweeps over all axes at most.")
 @sampler_options
-@click.option("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE that decodes latents.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, help="Images at a time, in each process.")
-@click.option("--device", help="Such as cpu, cuda, cuda:1.  [default: cuda if there is one, else cpu]")
+@vae_option
+@device_options(64)
 def main(
     indir: Path,
     outdir: Path,
@@ -289,45 +296,40 @@ def main(
       python -m python_train.reconstruct search --indir runs/photos --outdir joint --ref photos64.ref \\
           --gnet runs/small --guidance 1,1.5,2,3 --guidance-interval 0.28,2.90
     """
-    try:
-        with open_world(device) as world:
-            axes = search_axes(outstd, gnet, guidance, gnet_outstd, intervals)
-            images = parse_seeds(seeds)
-            reference = read_reference(ref_path)
-            reference.require(ref_path, features)
-            extractor = feature_extractor(features, weights, world.device)
-            reference.check(ref_path, extractor)
-            compared = reference.features[features]
-            evaluate = MetricOfImages(
-                indir, gnet, images, class_idx, sampler, vae, metric, compared, extractor, kimg, batch, world
-            )
-            for point in corners(axes):
-                evaluate.drawing(point)  # raises for what does not fit, before anything is drawn
-            outdir.mkdir(parents=True, exist_ok=True)
-            kept = ("run", "gnet", "seeds", "class_idx", "sampler", "vae")
-            settings = {name: getattr(evaluate, name) for name in kept}
-            settings |= {"metric": metric, "features": extractor.identity, "ref": ref_path}
-            settings["nimg"] = Stored(indir, axes["sigma_rel"][0], kimg).header()["nimg"]
-            table = Table(outdir / "table.jsonl", settings)
-            if world.rank > 0:
-                table.path = Path("/dev/null")
-            shown = metric_name(features, metric)
-            sign = -1 if metric in HIGHER_IS_BETTER else 1
+    with reported("interrupted; the same command goes on"), open_world(device) as world:
+        axes = search_axes(outstd, gnet, guidance, gnet_outstd, intervals)
+        images = parse_seeds(seeds)
+        reference = read_reference(ref_path)
+        reference.require(ref_path, features)
+        extractor = feature_extractor(features, weights, world.device)
+        reference.check(ref_path, extractor)
+        compared = reference.features[features]
+        evaluate = MetricOfImages(
+            indir, gnet, images, class_idx, sampler, vae, metric, compared, extractor, kimg, batch, world
+        )
+        for point in corners(axes):
+            evaluate.drawing(point)  # raises for what does not fit, before anything is drawn
+        outdir.mkdir(parents=True, exist_ok=True)
+        kept = ("run", "gnet", "seeds", "class_idx", "sampler", "vae")
+        settings = {name: getattr(evaluate, name) for name in kept}
+        settings |= {"metric": metric, "features": extractor.identity, "ref": ref_path}
+        settings["nimg"] = Stored(indir, axes["sigma_rel"][0], kimg).header()["nimg"]
+        table = Table(outdir / "table.jsonl", settings)
+        if world.rank > 0:
+            table.path = Path("/dev/null")
+        shown = metric_name(features, metric)
+        sign = -1 if metric in HIGHER_IS_BETTER else 1
 
-            def measured(point: Point) -> float:
-                value = evaluate(point)
-                if world.rank == 0:
-                    text = ", ".join(f"{name} {v}" for name, v in canonical(point).items() if v is not None)
-                    click.echo(f"{text}: {shown} {sign * value:.6g}")
-                return value
-
-            found = minimise(axes, measured, table, refine=["sigma_rel"], rounds=rounds)
+        def measured(point: Point) -> float:
+            value = evaluate(point)
             if world.rank == 0:
-                _finish(outdir, table, found, shown, sign < 0)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on") from None
+                text = ", ".join(f"{name} {v}" for name, v in canonical(point).items() if v is not None)
+                click.echo(f"{text}: {shown} {sign * value:.6g}")
+            return value
+
+        found = minimise(axes, measured, table, refine=["sigma_rel"], rounds=rounds)
+        if world.rank == 0:
+            _finish(outdir, table, found, shown, sign < 0)
 
 
 def _finish(outdir: Path, table: Table, found: Found, metric: str, higher_is_better: bool) -> None:

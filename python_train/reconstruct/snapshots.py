@@ -19,6 +19,8 @@ from edm2ext.phema.stored import OpenFiles, Source, StoredTensor, read_layout, r
 from python_train import UserError, official
 from python_train.checkpoint import read_header, require_intact
 from python_train.network import Precond
+from python_train.pickles.names import is_official
+from python_train.pickles.tensors import StoredTensor as PickledTensor
 
 _SNAPSHOT_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(safetensors|pkl)")
 
@@ -134,7 +136,7 @@ def open_snapshots(snapshots: Sequence[Snapshot]) -> list[StoredAverage]:
 
 
 def _require_intact(snapshot: Snapshot) -> None:
-    if not official.is_official(snapshot.path):
+    if not is_official(snapshot.path):
         require_intact(snapshot.path, snapshot.header["format_version"])
         beside = residual_path(snapshot.path)
         if beside.exists():
@@ -150,7 +152,7 @@ def _open(snapshot: Snapshot, shapes: Mapping[str, tuple[int, ...]], buffers: fr
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Source]:
-    if official.is_official(snapshot.path):
+    if is_official(snapshot.path):
         return {name: in_pickle(t) for name, t in official.read_snapshot(snapshot.path).tensors.items()}
     try:
         _, tensors = read_layout(snapshot.path)
@@ -159,7 +161,7 @@ def _tensors(snapshot: Snapshot) -> dict[str, Source]:
         raise UserError(str(error)) from error
 
 
-def in_pickle(tensor: official.StoredTensor) -> Source:
+def in_pickle(tensor: PickledTensor) -> Source:
     """A tensor in a file of the reference, for reading a part of it."""
     start = tensor.storage.start + tensor.offset * tensor.dtype.itemsize
     dense = [math.prod(tensor.shape[dim + 1 :]) for dim in range(len(tensor.shape))]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from python_train import UserError
 from python_train.checkpoint import atomic_write, write_text
+from python_train.command_line import reported
 from python_train.toy.distribution import TreeMixture
 from python_train.toy.evaluate import Row, draw_all, format_table, measure
 from python_train.toy.figure import draw_figure
@@ -102,14 +103,8 @@ def main(outdir: Path, seed: int, samples: int) -> None:
     figures and draws toy.png (autoguidance paper, Appendix C). An iteration takes about 0.15 s of one core; there are
     4096 and twice 512.
     """
-    try:
+    with reported("interrupted; the same command continues with the models that are complete"):
         run(outdir, seed=seed, samples=samples)
-    except (UserError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        raise click.ClickException(
-            "interrupted; the same command continues with the models that are complete"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def train(
 
     def save() -> None:
         part = PowerEMA(net, tracked)
-        part.profiles, part.nimg = ema.profiles[: len(tracked)], ema.nimg
+        part.profiles, part.nimg, part.updates = ema.profiles[: len(tracked)], ema.nimg, ema.updates
         part.save(lambda sigma_rel: folder / f"{ema.nimg:06d}-{sigma_rel:.3f}.safetensors", storage=storage)
         files.extend(folder / f"{ema.nimg:06d}-{sigma_rel:.3f}.safetensors" for sigma_rel in tracked)
 

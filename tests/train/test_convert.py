@@ -241,6 +241,7 @@ def test_generate_and_reconstruct_take_pickles(net: Precond, tmp_path: Path) -> 
             2,
             "--device",
             "cpu",
+            "--latents",
         ]
         result = CliRunner().invoke(generate.main, [str(arg) for arg in args])
         assert result.exit_code == 0, result.output

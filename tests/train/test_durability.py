@@ -160,7 +160,7 @@ def test_reconstruction_refuses_a_damaged_snapshot(tmp_path: Path, storage: str)
     net = build_network(TINY, 8, 1, 10)
     for nimg in (1024, 2048):
         path = tmp_path / checkpoint.snapshot_name(nimg, 0.05)
-        header = tracked(net, nimg=nimg, sigma_rel=0.05, dataset={}, encoder={})
+        header = tracked(net, nimg=nimg, sigma_rel=0.05, updates=1, dataset={}, encoder={})
         save_tracked(path, header, dict(net.named_parameters()), dict(net.named_buffers()), storage)
     assert len(open_snapshots(find_snapshots(tmp_path))) == 2
     files = [path, residual_path(path)] if storage == "fp16+8" else [path]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from edm2ext.nn import Layer
 from python_train import UserError, image_job
 from python_train.checkpoint import load_snapshot, save_snapshot
 from python_train.data import open_encoder
+from python_train.data.latents import decode as decode_latents
 from python_train.generate import generate_batch, main, parse_seeds, seed_batches
 from python_train.guidance import Guide
 from python_train.image_job import is_whole, save_image
@@ -315,10 +317,42 @@ def test_existing_images_are_kept_unless_told(snapshot: Path, tmp_path: Path) ->
 def test_latents_are_written_as_arrays(tmp_path: Path) -> None:
     encoder = {"kind": "latent", "mean": [1.0, 2.0, 3.0, 4.0], "std": [0.5, 0.5, 1.0, 1.0]}
     net = save(tmp_path / "latent.safetensors", make_network(channels=4, label_dim=0), encoder)
-    assert run("--net", net, "--outdir", tmp_path / "out", "--seeds", "0").exit_code == 0
+    assert run("--net", net, "--outdir", tmp_path / "out", "--seeds", "0", "--latents").exit_code == 0
     latent = np.load(tmp_path / "out/000000.npy")
     assert latent.shape == (4, 8, 8)
     assert latent.dtype == np.float32
+
+
+def test_latents_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class VAE(torch.nn.Module):
+        def decode(self, z: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=2) / 10)
+
+    opened: list[str] = []
+    monkeypatch.setattr(image_job, "open_vae", lambda name: opened.append(name) or VAE())
+    encoder = {"kind": "latent", "mean": [1.0, 2.0, 3.0, 4.0], "std": [0.5, 0.5, 1.0, 1.0]}
+    net = save(tmp_path / "latent.safetensors", make_network(channels=4, label_dim=0), encoder)
+    args = ["--net", net, "--outdir", tmp_path / "out", "--seeds", "0-4", "--vae", "of/mine"]
+    result = run(*args, "--grid", tmp_path / "grid.png")
+    assert result.exit_code == 0, result.output
+    latents = generate_batch(load_snapshot(net)[0], open_encoder(encoder), range(5), num_steps=3)
+    expected = decode_latents(VAE(), latents).permute(0, 2, 3, 1).numpy()
+    for image, want in zip(read(tmp_path / "out").values(), expected, strict=True):
+        assert np.abs(image.astype(int) - want).max() <= 1
+    assert opened == ["of/mine"]
+    (tmp_path / "out/000003.png").write_bytes(b"cut off")
+    assert run(*args).exit_code == 0
+    assert run(*args).exit_code == 0
+    assert opened == ["of/mine"] * 2, "the VAE was opened for nothing"
+    assert len(read(tmp_path / "out")) == 5
+    result = run("--net", net, "--outdir", tmp_path / "out", "--seeds", "0-4", "--vae", "another")
+    assert "vae: of/mine -> another" in " ".join(result.output.split())
+    result = run("--net", net, "--outdir", tmp_path / "b", "--seeds", "0", "--latents", "--grid", tmp_path / "b.png")
+    assert "leave --latents out" in result.output
+    monkeypatch.undo()
+    result = run("--net", net, "--outdir", tmp_path / "b", "--seeds", "0", "--vae", str(tmp_path / "nowhere"))
+    assert "--latents keeps the latents as they are" in " ".join(result.output.split())
+    assert not (tmp_path / "b").exists()
 
 
 def test_errors_name_what_is_wrong(snapshot: Path, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from math import inf, nan
 
 import pytest
 import torch
 from torch import Tensor
 
+from python_train import guidance
 from python_train.guidance import Guide, blended_weights, interval_steps
 from python_train.sample import SOLVERS, edm_sampler, sample
 from python_train.solvers import noise_levels
@@ -146,6 +149,41 @@ def test_all_networks_get_the_labels_and_the_solver_dtype() -> None:
     assert out.dtype == torch.float64
     assert len(seen) == 3 * (2 * 3 - 1)
     assert all(x == sigma == torch.float64 and given is labels for x, sigma, given in seen)
+
+
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: a guide's stream waits for the current one before it begins, and the current one before it goes on."""
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def entered(stream: Stream | None) -> Iterator[None]:
+        events.append(f"on {stream.name}")
+        yield
+        events.append("on main")
+
+    def net(name: str) -> Callable[..., Tensor]:
+        return lambda x, t, labels: events.append(f"{name} runs") or x
+
+    names = iter(["side 0", "side 1"])
+    monkeypatch.setattr(guidance, "_side_stream", lambda device: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    guides = [Guide(net("a"), 2.0), Guide(net("b"), [1.0, 3.0])]
+    denoise = guidance.GuidedDenoiser(net("net"), guides, None, [2.0, 1.0, 0.0], torch.float32, torch.ones(1).device)
+    a = ["side 0 waits for main", "on side 0", "a runs", "on main"]
+    b = ["side 1 waits for main", "on side 1", "b runs", "on main"]
+    denoise(torch.ones(1), torch.ones(()), 0)
+    assert events == [*a, "net runs", "main waits for side 0"]
+    events.clear()
+    denoise(torch.ones(1), torch.ones(()), 1)
+    assert events == [*a, *b, "net runs", "main waits for side 0", "main waits for side 1"]
 
 
 def test_edm_sampler_is_the_same_sampler() -> None:

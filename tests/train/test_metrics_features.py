@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
 import pickle
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +19,10 @@ from torch.nn import functional as F
 
 from python_train import UserError
 from python_train.data import open_dataset
-from python_train.metrics import dinov2, feature_extractor, inception, score, weights
+from python_train.metrics import dinov2, feature_extractor, inception, score
 from python_train.metrics.extractors import network_extractor
 from python_train.metrics.preprocess import resize_tensorflow, to_rgb
-from python_train.metrics.weights import local_file, read_weights
+from python_train.metrics.weights import read_weights
 
 SMALL_VIT = dinov2.Shape(dim=32, depth=2, patch=14, positions=5, head_dim=16)
 
@@ -253,57 +249,6 @@ def test_damaged_and_malicious_files_are_refused(suffix: str, tmp_path: Path) ->
         with pytest.raises(UserError, match=f"weights.{suffix}"):
             read_weights(path)
     assert not Path("/tmp/executed").exists()
-
-
-@contextlib.contextmanager
-def served(folder: Path, cut: int = 0) -> Iterator[str]:
-    """A web server for a folder; it breaks off the last ``cut`` bytes of a file."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = folder / self.path.lstrip("/")
-            if not path.is_file():
-                self.send_error(404)
-                return
-            content = path.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) - cut])
-
-        def log_message(self, *args: object) -> None:
-            requests.append(self.path)
-
-    requests: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def test_a_url_is_fetched_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "vit.pth").write_bytes(b"0123456789")
-    with served(site) as url:
-        path = local_file(f"{url}/vit.pth")
-        assert path.read_bytes() == b"0123456789"
-        assert path.parent == weights.cache_folder()
-        (site / "vit.pth").unlink()
-        assert local_file(f"{url}/vit.pth") == path
-        with pytest.raises(UserError, match=r"cannot be fetched .*404"):
-            local_file(f"{url}/other.pth")
-    (site / "half.pth").write_bytes(b"0123456789")
-    with served(site, cut=4) as url, pytest.raises(UserError, match=r"broke off after 6 of 10 bytes|cannot be fetched"):
-        local_file(f"{url}/half.pth")
-    assert [found.name for found in weights.cache_folder().iterdir()] == [path.name]
 
 
 def test_two_networks_of_a_kind_have_two_identities(tensors: dict[str, Tensor]) -> None:
