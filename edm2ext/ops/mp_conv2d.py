@@ -62,14 +62,15 @@ class ModulatedSiLU(NamedTuple):
 
 
 class SumWith(NamedTuple):
-    """What may follow a convolution y: mp_sum(skip, y, t, clip) (2.3, 2.13)."""
+    """What may follow a convolution y: mp_sum(skip, y, t, clip, twice=twice) (2.3, 2.13)."""
 
     skip: Tensor
     t: float = 0.5
     clip: float | None = None
+    twice: bool = False
 
-    def __call__(self, y: Tensor) -> Tensor:
-        return mp_sum(self.skip, y, self.t, self.clip)
+    def __call__(self, y: Tensor) -> "Tensor | tuple[Tensor, Tensor]":
+        return mp_sum(self.skip, y, self.t, self.clip, twice=self.twice)
 
     def fits(self, shape: tuple[int, ...], x: Tensor) -> bool:
         """Whether one kernel can do both, for y of that shape."""
@@ -91,7 +92,7 @@ def mp_conv2d(
     dilation: "int | tuple[int, int]" = 1,
     groups: int = 1,
     then: Then | None = None,
-) -> Tensor:
+) -> "Tensor | tuple[Tensor, Tensor]":
     """Convolution of x [N, C, H, W] with the effective weight of w [out, C / groups, kh, kw] (2.6, Eq. 47).
 
     gain is a number or a 0-dim tensor. The weight follows x's dtype, or autocast's. Padding "same" puts
@@ -227,7 +228,7 @@ def conv2d_of_prepared(
     dilation: "int | tuple[int, int]" = 1,
     groups: int = 1,
     then: Then | None = None,
-) -> Tensor:
+) -> "Tensor | tuple[Tensor, Tensor]":
     """mp_conv2d with the effective weight made in advance from w and gain, differentiable in them as prepared_weight
     is."""
     pad = checks.conv_arguments(x, w, 1, True, "same", dilation, groups)
@@ -246,23 +247,26 @@ def convolve(
     gain: "Tensor | float",
     gradients: Gradients,
     then: Then | None = None,
-) -> Tensor:
+) -> "Tensor | tuple[Tensor, Tensor]":
     """x convolved with the effective weight `kernel`, of x's dtype, by our kernels; w gets the gradient, which is kept
     in float32 until then: w's own through 2.6 with "raw", that of the effective weight with "effective"."""
     shape = (x.shape[0], kernel.shape[0], *x.shape[2:])
     if then is not None and not then.fits(shape, x):
         return then(convolve(x, w, kernel, gain, gradients))
     kernel = kernel.detach().contiguous(memory_format=torch.channels_last)
-    other, t, clip = None, 0.0, math.inf
+    other, t, clip, twice = None, 0.0, math.inf, False
     if isinstance(then, ModulatedSiLU):
         other = then.c.to(x.dtype)
     elif then is not None:
-        other, t, clip = then.skip, then.t, math.inf if then.clip is None else then.clip
+        other, t, clip, twice = then.skip, then.t, math.inf if then.clip is None else then.clip, then.twice
     fused = _FUSIONS[type(then)]
     differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in (x, w, gain, other))
     if differentiable and torch.is_grad_enabled():
-        return _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip)
-    return convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
+        if clip < math.inf:  # mp_sum's mask of a bit an element moves less than a kept y, written here and read later
+            return then(convolve(x, w, kernel, gain, gradients))
+        return _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, twice)
+    y = convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
+    return (y, y) if twice else y
 
 
 _FUSIONS = {type(None): "", ModulatedSiLU: "silu", SumWith: "sum"}
@@ -329,28 +333,27 @@ class _Convolution(torch.autograd.Function):
         gradients: Gradients,
         fused: str,
         t: float,
-        clip: float,
-    ) -> Tensor:
-        keep = fused == "silu" or (fused == "sum" and clip < math.inf)
-        out, y = convolve_forward(x, kernel, other, fused, t, clip, keep)
+        twice: bool,
+    ) -> "Tensor | tuple[Tensor, Tensor]":
+        keep = fused == "silu"
+        out, y = convolve_forward(x, kernel, other, fused, t, math.inf, keep)
         ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None, other, y if keep else None)
         ctx.gain = None if isinstance(gain, Tensor) else float(gain)
-        ctx.gradients, ctx.fused, ctx.t, ctx.clip = gradients, fused, t, clip
-        return out
+        ctx.gradients, ctx.fused, ctx.t = gradients, fused, t
+        return (out, out.view_as(out)) if twice else out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, more_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, w, kernel, gain, other, y = ctx.saved_tensors
         needs_x, needs_w, needs_gain = ctx.needs_input_grad[:3]
         nothing = (None,) * 5
         if backend.differentiating_backward():
-            return *_differentiable_backward(ctx, grad), *nothing
+            return *_differentiable_backward(ctx, grad if more_grad is None else grad + more_grad), *nothing
         grad_other = None
         if ctx.fused == "silu":
             grad, grad_other = _mp_silu_modulated_backward(grad, y, other)
         elif ctx.fused == "sum":
-            inputs = (grad, grad) if y is None else (other, y)  # only looked at where there is clamping
-            grad_other, grad = _mp_sum_backward(grad, *inputs, ctx.t, ctx.clip)
+            grad_other, grad = _mp_sum_backward(grad, more_grad, None, ctx.t, True)
         grad_x = gradient_of_input(grad, kernel, x) if needs_x else None
         if not needs_w and not needs_gain:
             return grad_x, None, None, grad_other, *nothing
@@ -379,7 +382,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         if ctx.fused == "silu":
             return reference.mp_silu_modulated(y, rest[-1])
         if ctx.fused == "sum":
-            return reference.mp_sum(rest[-1], y, ctx.t, None if math.isinf(ctx.clip) else ctx.clip)
+            return reference.mp_sum(rest[-1], y, ctx.t)
         return y
 
     inputs = [x, w, *([gain] if of_gain else []), *([other] if ctx.fused else [])]
