@@ -413,9 +413,15 @@ def rows_of(options: argparse.Namespace, gpu: str, folder: Path) -> list[Row]:
         ]
         sampling: Row = ("sampling", steps("img512-s", (8, 32), gpu, "--sampling"), 90)
         beside: list[Row] = [("beside plain torch", beside_plain_torch(options.reference, gpu), 90)]
+        drawn = beside_plain_torch(options.reference, gpu, "--sampling", *([] if gpu else ["--evaluations=5"]))
         if gpu:
-            graphed = beside_plain_torch(options.reference, gpu, "--cuda-graph")
+            graphed, tuned = (
+                beside_plain_torch(options.reference, gpu, "--cuda-graph", f"--variant={variant}")
+                for variant in ("published", "tuned")
+            )
             beside.append(("beside plain torch, CUDA graph", graphed, 90))
+            beside.append(("beside plain torch, tuned, CUDA graph", tuned, 180))
+        beside.append(("sampling beside plain torch", drawn, 90))
         step_on_cpu = python("-m", "benchmarks.run", "--only", "training step", "--rounds", "3")
         on_cpu: Row = ("training step on the CPU", lambda s: judged(*run(step_on_cpu, s, PYTHONPATH=PATHS)), 90)
         return [*prepare, *training_steps, sampling, *beside, on_cpu]

@@ -191,7 +191,9 @@ class MPConv(Layer):
         self.groups = groups
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, kernel_size, kernel_size))
 
-    def forward(self, x: Tensor, gain: "Tensor | float" = 1, then: Then | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gain: "Tensor | float" = 1, then: Then | None = None
+    ) -> "Tensor | tuple[Tensor, Tensor]":
         """x [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]; gain multiplies the weight, `then` is
         applied to the result (`ops.mp_conv2d`)."""
         options = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups, "then": then}

@@ -90,12 +90,16 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
     return c0, c1, c2, c3
 
 
-def mp_sum(a: Tensor, b: Tensor, t: float = 0.5, clip: float | None = None) -> Tensor:
-    """Magnitude-preserving blend of equal-shaped a and b (2.3, Eq. 88), optionally clamped to [-clip, clip] (2.13)."""
+def mp_sum(
+    a: Tensor, b: Tensor, t: float = 0.5, clip: float | None = None, *, twice: bool = False
+) -> "Tensor | tuple[Tensor, Tensor]":
+    """Magnitude-preserving blend of equal-shaped a and b (2.3, Eq. 88), optionally clamped to [-clip, clip] (2.13);
+    with `twice` returned for two users."""
     a, b = checks.promoted("mp_sum", a, b)
     checks.sum_arguments(a, b, t, clip)
     out = torch.lerp(a, b, t) / math.hypot(1 - t, t)
-    return out if clip is None else out.clamp(-clip, clip)
+    out = out if clip is None else out.clamp(-clip, clip)
+    return (out, out) if twice else out
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5, *, silu: bool = False) -> "Tensor | tuple[Tensor, Tensor]":

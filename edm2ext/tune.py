@@ -322,8 +322,7 @@ def work_of(problem: Problem, device: str) -> Callable[[], Result]:
         other = make(problem.batch, problem.out, 1, 1).flatten(1)
     elif problem.follows == "sum":
         other = make(problem.batch, problem.out, *image)
-    clip = 256.0 if problem.keep else math.inf
-    return lambda: convolve_forward(x, w, other, problem.follows, 0.3, clip, problem.keep)[0]
+    return lambda: convolve_forward(x, w, other, problem.follows, 0.3, math.inf, problem.keep)[0]
 
 
 # ---- the command ----

@@ -66,13 +66,21 @@ class Block(torch.nn.Module):
         self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel_size=1) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, kernel_size=1) if self.num_heads else None
 
-    def forward(self, x: Tensor, c: Tensor, x_silu: Tensor | None = None, philox: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        x_silu: Tensor | None = None,
+        philox: Tensor | None = None,
+        twice: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Map x [N, in_channels, H, W] and the modulation c [N, out_channels] to [N, out_channels, H', W'], all of x's
         dtype.
 
         ``x_silu`` is ``mp_silu(x)`` where the caller has it already (decoder blocks that keep the resolution:
         the concatenation with the skip emits it in the same pass). ``philox`` is what `ops.mp_silu_modulated` draws
-        dropout from, needed in training if there is any.
+        dropout from, needed in training if there is any. With ``twice`` the result is returned twice, for two users, as
+        `ops.mp_sum` does.
         """
         normalised_with_resampling = self.flavor == "enc" and self.resample_mode == "down" and self.conv_skip is None
         if normalised_with_resampling:
@@ -94,11 +102,11 @@ class Block(torch.nn.Module):
             y = self.conv_res0(x_silu, then=ops.ModulatedSiLU(c))
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = self.conv_res1(y, then=ops.SumWith(x, self.res_balance, None if self.num_heads else self.clip_act))
-        if self.attn_qkv is not None and self.attn_proj is not None:
-            y = self.attn_qkv(x, then=ops.CosineAttention(self.num_heads))
-            x = self.attn_proj(y, then=ops.SumWith(x, self.attn_balance, self.clip_act))
-        return x
+        if self.attn_qkv is None or self.attn_proj is None:
+            return self.conv_res1(y, then=ops.SumWith(x, self.res_balance, self.clip_act, twice))
+        x, skip = self.conv_res1(y, then=ops.SumWith(x, self.res_balance, twice=True))
+        y = self.attn_qkv(x, then=ops.CosineAttention(self.num_heads))
+        return self.attn_proj(y, then=ops.SumWith(skip, self.attn_balance, self.clip_act, twice))
 
 
 class UNet(torch.nn.Module):
@@ -221,8 +229,13 @@ class UNet(torch.nn.Module):
         run = _recomputed if self.recompute and self.training and torch.is_grad_enabled() else _kept
         skips: list[Tensor] = []
         for block in self.enc.values():
-            x = run(block, x, next(modulations), None, philox) if isinstance(block, Block) else block(x)
-            skips.append(x)
+            if not isinstance(block, Block):
+                x = skip = block(x)
+            elif torch.is_grad_enabled():
+                x, skip = run(block, x, next(modulations), None, philox, True)
+            else:  # hooks see a tensor
+                x = skip = block(x, next(modulations), None, philox)
+            skips.append(skip)
         for name, block in self.dec.items():
             if "block" in name:
                 x = run(self._with_skip, block, x, skips.pop(), next(modulations), philox)
@@ -236,11 +249,11 @@ class UNet(torch.nn.Module):
         return block(x, c, x_silu, philox)
 
 
-def _kept(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _kept(function: Callable[..., Any], *inputs: Any) -> Any:
     return function(*inputs)
 
 
-def _recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     """The function's value; for the backward pass it is computed again, from inputs that hold all randomness."""
     # All of it, or hooks at the function's end (FSDP's) would not run.
     with set_checkpoint_early_stop(False):

@@ -177,13 +177,15 @@ def test_workspace_and_second_launch():
 @needs_kernels
 def test_sums_and_concatenations_read_and_write_once(x: Tensor):
     a, b, grad = x.requires_grad_(), meta(2, 5, 4, 4).requires_grad_(), meta(2, 8, 4, 4)
-    both = 8 * X // 3
+    both, mask = 8 * X // 3, X // 16
     with edm2ext.set_backend("native"), counting() as counter:
-        outputs = [ops.mp_sum(a, a), ops.mp_sum(a, a, clip=256.0), ops.mp_cat(a, b), *ops.mp_cat(a, b, silu=True)]
-        torch.autograd.backward(outputs, [x.detach(), x.detach(), grad, grad, grad])
+        outputs = [ops.mp_sum(a, a), *ops.mp_sum(a, a, clip=256.0, twice=True)]
+        outputs += [ops.mp_cat(a, b), *ops.mp_cat(a, b, silu=True)]
+        torch.autograd.backward(outputs, [*[x.detach()] * 3, grad, grad, grad])
     assert {key.op: row for key, row in counter.rows.items() if key.kind == "native"} == {
-        "mp_sum": Traffic(2, 4 * X, 2 * X),
-        "mp_sum_backward": Traffic(2, X + 3 * X, 4 * X),
+        "mp_sum": Traffic(1, 2 * X, X),
+        "mp_sum_clipped": Traffic(1, 2 * X, X + mask),
+        "mp_sum_backward": Traffic(2, X + 2 * X + mask, 4 * X),
         "mp_cat": Traffic(1, both, both),
         "mp_cat_backward": Traffic(1, both, both),
         "mp_cat_silu": Traffic(1, both, 2 * both),

@@ -273,7 +273,7 @@ def step(follows: str) -> tuple[list[Tensor], list[Problem]]:
     w = torch.randn(24, 16, 3, 3, requires_grad=True)
     other = torch.randn(2, 24).bfloat16() if follows == "silu" else torch.randn(2, 24, 5, 6).bfloat16()
     other = (other if follows == "silu" else other.contiguous(memory_format=torch.channels_last)).requires_grad_()
-    then = {"": None, "silu": ops.ModulatedSiLU(other), "sum": ops.SumWith(other, 0.3, 2.0)}[follows]
+    then = {"": None, "silu": ops.ModulatedSiLU(other), "sum": ops.SumWith(other, 0.3)}[follows]
     with conv_choice.recording() as problems:
         y = ops.mp_conv2d(x, w, then=then)
         gradients = torch.autograd.grad(y.float().square().sum(), [x, w, *([other] if follows else [])])
@@ -285,7 +285,7 @@ def test_ops_obey(plans_taken: list[list[int]], follows: str):
     own, problems = step(follows)
     assert plans_taken == [[], [], []]
     assert [problem.direction for problem in problems] == [0, 1, 2] or [p.direction for p in problems] == [0, 2, 1]
-    assert problems[0] == Problem(0, 2, 5, 6, 16, 24, 3, 3, torch.bfloat16, follows, bool(follows))
+    assert problems[0] == Problem(0, 2, 5, 6, 16, 24, 3, 3, torch.bfloat16, follows, follows == "silu")
     tune.load({str(problem): [problem.direction, 7] for problem in problems})
     step(follows)
     assert sorted(plans_taken[3:]) == [[0, 7], [1, 7], [2, 7]]

@@ -21,7 +21,9 @@ STABLE_TORCH_LIBRARY(edm2, m) {
 
   // mp_sum
   m.def("mp_sum(Tensor a, Tensor b, float t, float clip) -> Tensor");
-  m.def("mp_sum_backward(Tensor grad, Tensor a, Tensor b, float t, float clip) -> (Tensor, Tensor)");
+  m.def("mp_sum_clipped(Tensor a, Tensor b, float t, float clip) -> (Tensor, Tensor)");
+  m.def(
+      "mp_sum_backward(Tensor grad, Tensor? more_grad, Tensor? mask, float t, bool channels_last) -> (Tensor, Tensor)");
 
   // mp_cat
   m.def("mp_cat(Tensor a, Tensor b, float t) -> Tensor");

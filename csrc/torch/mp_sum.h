@@ -4,6 +4,7 @@
 #include "edm2/mp_sum.h"
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "common.h"
@@ -16,31 +17,66 @@ inline std::tuple<double, double> sum_weights(double t) {
   return {(1 - t) / k, t / k};
 }
 
-/// The parameters of a call on a and b, which are alike, into y.
-inline MPSumParams sum_params(const View& a, const View& b, const Tensor& y, double t, double clip, DType dtype,
-                              const char* op) {
+inline int64_t sum_groups(int64_t numel) { return (numel + kMaskedTogether - 1) / kMaskedTogether; }
+
+/// Room for the mask of the sum of a and something.
+inline Tensor empty_mask(const View& a) {
+  const int64_t bytes = sum_groups(a.numel);
+  return empty(a, &bytes, 1, Format::kContiguous, ScalarType::Byte);
+}
+
+/// The parameters of a call on a and b, which are alike, into y and, unless it is null, the mask.
+inline MPSumParams sum_params(const View& a, const View& b, const Tensor& y, const Tensor* mask, double t, double clip,
+                              DType dtype, const char* op) {
   check_like(a, b, op, "b");
   EDM2_CHECK(clip >= 0, op, "clip", "expected at least 0, got ", clip);
   const auto [weight_a, weight_b] = sum_weights(t);
-  return {a.data(), b.data(), address(y), a.numel, dtype, weight_a, weight_b, clip};
+  auto* const bits = mask == nullptr ? nullptr : static_cast<uint8_t*>(address(*mask));
+  return {a.data(), b.data(), address(y), bits, a.numel, dtype, weight_a, weight_b, clip};
 }
 
-/// The same for the backward. b, of a's shape, is null unless clip is finite: else neither input is read.
-inline MPSumBackwardParams sum_backward_params(const View& grad_y, const View& a, const View* b, const Tensor& grad_a,
-                                               const Tensor& grad_b, double t, double clip, DType dtype,
-                                               const char* op) {
-  EDM2_CHECK(clip >= 0, op, "clip", "expected at least 0, got ", clip);
-  const auto [weight_a, weight_b] = sum_weights(t);
-  return {grad_y.data(),
-          b != nullptr ? a.data() : nullptr,
-          b != nullptr ? b->data() : nullptr,
-          address(grad_a),
-          address(grad_b),
-          a.numel,
-          dtype,
-          weight_a,
-          weight_b,
-          clip};
-}
+/// What the backward reads, checked, in the format of the sum.
+struct SumGradients {
+  View grad;
+  std::optional<View> more;
+  std::optional<View> mask;
+
+  SumGradients(const Tensor& grad_, const std::optional<Tensor>& more_, const std::optional<Tensor>& mask_,
+               bool channels_last, const char* op)
+      : grad(grad_) {
+    const Format format = channels_last ? Format::kChannelsLast : Format::kContiguous;
+    EDM2_CHECK(!channels_last || grad.dim == 4 || grad.dim == 5, op, "grad",
+               "expected 4 or 5 dimensions for channels_last, got shape ", grad.shape());
+    grad = dense(grad_, format);
+    if (more_) {
+      more = dense(*more_, format);
+      check_like(grad, *more, op, "more_grad");
+    }
+    if (mask_) {
+      mask = dense(*mask_, Format::kContiguous);
+      EDM2_CHECK(mask->scalar_type == ScalarType::Byte && mask->numel == sum_groups(grad.numel), op, "mask",
+                 "expected ", sum_groups(grad.numel), " bytes, got ", to_string(mask->scalar_type), " of shape ",
+                 mask->shape());
+    }
+  }
+
+  Tensor empty_gradient(bool channels_last) const {
+    const Format format = channels_last ? Format::kChannelsLast : Format::kContiguous;
+    return empty(grad, grad.sizes, grad.dim, format, grad.scalar_type);
+  }
+
+  MPSumBackwardParams params(const Tensor& grad_a, const Tensor& grad_b, double t, DType dtype) const {
+    const auto [weight_a, weight_b] = sum_weights(t);
+    return {grad.data(),
+            more ? more->data() : nullptr,
+            mask ? static_cast<const uint8_t*>(mask->data()) : nullptr,
+            address(grad_a),
+            address(grad_b),
+            grad.numel,
+            dtype,
+            weight_a,
+            weight_b};
+  }
+};
 
 }  // namespace edm2::torch_ops

@@ -1,36 +1,41 @@
-#include <optional>
+#include "mp_sum.h"
 
 #include "cuda_support.h"
-#include "mp_sum.h"
 
 namespace edm2::torch_ops {
 namespace {
 
-Tensor mp_sum(const Tensor& a_, const Tensor& b_, double t, double clip) {
-  const char* op = "mp_sum";
+Tensor add_up(const Tensor& a_, const Tensor& b_, const Tensor* mask, double t, double clip, const char* op) {
   const View a = dense(a_);
   check_same_gpu(a, View(b_), op, "b");
   const View b = dense(b_, a.format);
   const DType dtype = cuda_dtype_of(a, op, "a");
   const Tensor y = empty_like(a);
-  const MPSumParams params = sum_params(a, b, y, t, clip, dtype, op);
+  const MPSumParams params = sum_params(a, b, y, mask, t, clip, dtype, op);
   run_cuda(a, op, [&](CUstream_st* stream) { return cuda::launch_mp_sum(params, stream); });
   return y;
 }
 
-std::tuple<Tensor, Tensor> mp_sum_backward(const Tensor& grad, const Tensor& a_, const Tensor& b_, double t,
-                                           double clip) {
+Tensor mp_sum(const Tensor& a, const Tensor& b, double t, double clip) {
+  return add_up(a, b, nullptr, t, clip, "mp_sum");
+}
+
+std::tuple<Tensor, Tensor> mp_sum_clipped(const Tensor& a, const Tensor& b, double t, double clip) {
+  const Tensor mask = empty_mask(View(a));
+  return {add_up(a, b, &mask, t, clip, "mp_sum_clipped"), mask};
+}
+
+std::tuple<Tensor, Tensor> mp_sum_backward(const Tensor& grad, const std::optional<Tensor>& more_grad,
+                                           const std::optional<Tensor>& mask, double t, bool channels_last) {
   const char* op = "mp_sum_backward";
-  const View a = dense(a_);
-  const View grad_y = gradient_on_gpu(grad, a, op, "grad");
-  std::optional<View> b;
-  if (!std::isinf(clip)) b = gradient_on_gpu(b_, a, op, "b");
-  const DType dtype = cuda_dtype_of(a, op, "a");
-  const Tensor grad_a = empty_like(a);
-  const Tensor grad_b = empty_like(a);
-  const MPSumBackwardParams params =
-      sum_backward_params(grad_y, a, b ? &*b : nullptr, grad_a, grad_b, t, clip, dtype, op);
-  run_cuda(a, op, [&](CUstream_st* stream) { return cuda::launch_mp_sum_backward(params, stream); });
+  if (more_grad) check_same_gpu(View(grad), View(*more_grad), op, "more_grad");
+  if (mask) check_same_gpu(View(grad), View(*mask), op, "mask");
+  const SumGradients of(grad, more_grad, mask, channels_last, op);
+  const DType dtype = cuda_dtype_of(of.grad, op, "grad");
+  const Tensor grad_a = of.empty_gradient(channels_last);
+  const Tensor grad_b = of.empty_gradient(channels_last);
+  const MPSumBackwardParams params = of.params(grad_a, grad_b, t, dtype);
+  run_cuda(of.grad, op, [&](CUstream_st* stream) { return cuda::launch_mp_sum_backward(params, stream); });
   return {grad_a, grad_b};
 }
 
@@ -38,6 +43,7 @@ std::tuple<Tensor, Tensor> mp_sum_backward(const Tensor& grad, const Tensor& a_,
 
 STABLE_TORCH_LIBRARY_IMPL(edm2, CUDA, m) {
   m.impl("mp_sum", TORCH_BOX(&mp_sum));
+  m.impl("mp_sum_clipped", TORCH_BOX(&mp_sum_clipped));
   m.impl("mp_sum_backward", TORCH_BOX(&mp_sum_backward));
 }
 

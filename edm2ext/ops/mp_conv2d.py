@@ -14,7 +14,7 @@ from edm2ext.ops.cosine_attention import attend, cosine_attention
 from edm2ext.ops.mp_silu import mp_silu_modulated
 from edm2ext.ops.mp_sum import mp_sum
 from edm2ext.ops.normalize_weight import unchecked_effective_weight
-from edm2ext.ops.prepared_weight import Gradients, prepared_weight
+from edm2ext.ops.prepared_weight import Gradients, prepared_weight, raw_gradients
 from edm2ext.reference import memory_format, product_dtype
 
 _mp_conv2d = backend.op("mp_conv2d")
@@ -29,7 +29,6 @@ _mp_sum = backend.op("mp_sum")
 _mp_sum_backward = backend.op("mp_sum_backward")
 _qkv_norm = backend.op("qkv_norm")
 _qkv_norm_backward = backend.op("qkv_norm_backward")
-_effective_weight_backward = backend.op("effective_weight_backward")
 _TENSOR_CORES = backend.kernels(
     "mp_conv2d",
     "mp_conv2d_backward_input",
@@ -65,14 +64,15 @@ class ModulatedSiLU(NamedTuple):
 
 
 class SumWith(NamedTuple):
-    """What may follow a convolution y: mp_sum(skip, y, t, clip) (2.3, 2.13)."""
+    """What may follow a convolution y: mp_sum(skip, y, t, clip, twice=twice) (2.3, 2.13)."""
 
     skip: Tensor
     t: float = 0.5
     clip: float | None = None
+    twice: bool = False
 
-    def __call__(self, y: Tensor) -> Tensor:
-        return mp_sum(self.skip, y, self.t, self.clip)
+    def __call__(self, y: Tensor) -> "Tensor | tuple[Tensor, Tensor]":
+        return mp_sum(self.skip, y, self.t, self.clip, twice=self.twice)
 
     def fits(self, shape: tuple[int, ...], x: Tensor) -> bool:
         """Whether one kernel can do both, for y of that shape."""
@@ -107,7 +107,7 @@ def mp_conv2d(
     dilation: "int | tuple[int, int]" = 1,
     groups: int = 1,
     then: Then | None = None,
-) -> Tensor:
+) -> "Tensor | tuple[Tensor, Tensor]":
     """Convolution of x [N, C, H, W] with the effective weight of w [out, C / groups, kh, kw] (2.6, Eq. 47).
 
     gain is a number or a 0-dim tensor. The weight follows x's dtype, or autocast's. Padding "same" puts
@@ -191,7 +191,7 @@ def conv2d_of_prepared(
     dilation: "int | tuple[int, int]" = 1,
     groups: int = 1,
     then: Then | None = None,
-) -> Tensor:
+) -> "Tensor | tuple[Tensor, Tensor]":
     """mp_conv2d with the effective weight made in advance from w and gain, differentiable in them as prepared_weight
     is."""
     pad = checks.conv_arguments(x, w, 1, True, "same", dilation, groups)
@@ -213,25 +213,29 @@ def convolve(
     gain: "Tensor | float",
     gradients: Gradients,
     then: Then | None = None,
-) -> Tensor:
+) -> "Tensor | tuple[Tensor, Tensor]":
     """x convolved with the effective weight `kernel`, of x's dtype, by our kernels; w gets the gradient, which is kept
     in float32 until then: w's own through 2.6 with "raw", that of the effective weight with "effective"."""
     shape = (x.shape[0], kernel.shape[0], *x.shape[2:])
     if then is not None and not then.fits(shape, x):
         return then(convolve(x, w, kernel, gain, gradients))
     kernel = kernel.detach().contiguous(memory_format=torch.channels_last)
-    other, t, clip = None, 0.0, math.inf
+    other, t, clip, twice = None, 0.0, math.inf, False
     if isinstance(then, ModulatedSiLU):
         other = then.c.to(x.dtype)
     elif isinstance(then, SumWith):
-        other, t, clip = then.skip, then.t, math.inf if then.clip is None else then.clip
+        other, t, clip, twice = then.skip, then.t, math.inf if then.clip is None else then.clip, then.twice
     fused = _FUSIONS[type(then)]
     differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in (x, w, gain, other))
     if differentiable and torch.is_grad_enabled():
-        result = _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip)
-    else:
-        result = convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
-    return attend(*result, x) if fused == "qkv" else result
+        if clip < math.inf:  # mp_sum's mask of a bit an element moves less than a kept y, written here and read later
+            return then(convolve(x, w, kernel, gain, gradients))
+        result = _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, twice)
+        return attend(*result, x) if fused == "qkv" else result
+    result = convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
+    if fused == "qkv":
+        return attend(*result, x)
+    return (result, result) if twice else result
 
 
 _FUSIONS = {type(None): "", ModulatedSiLU: "silu", SumWith: "sum", CosineAttention: "qkv"}
@@ -335,29 +339,28 @@ class _Convolution(torch.autograd.Function):
         gradients: Gradients,
         fused: str,
         t: float,
-        clip: float,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        keep = fused in ("silu", "qkv") or (fused == "sum" and clip < math.inf)
-        out, y = convolve_forward(x, kernel, other, fused, t, clip, keep)
+        twice: bool,
+    ) -> Tensor | tuple[Tensor, ...]:
+        keep = fused in ("silu", "qkv")
+        out, y = convolve_forward(x, kernel, other, fused, t, math.inf, keep)
         ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None, other, y if keep else None)
         ctx.gain = None if isinstance(gain, Tensor) else float(gain)
-        ctx.gradients, ctx.fused, ctx.t, ctx.clip = gradients, fused, t, clip
-        return out
+        ctx.gradients, ctx.fused, ctx.t, ctx.twice = gradients, fused, t, twice
+        return (out, out.view_as(out)) if twice else out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w, kernel, gain, other, y = ctx.saved_tensors
         needs_x, needs_w, needs_gain = ctx.needs_input_grad[:3]
         nothing = (None,) * 5
         if backend.differentiating_backward():
             return *_differentiable_backward(ctx, grads), *nothing
-        grad, *_ = grads
+        grad = grads[0]
         grad_other = None
         if ctx.fused == "silu":
             grad, grad_other = _mp_silu_modulated_backward(grad, y, other)
         elif ctx.fused == "sum":
-            inputs = (grad, grad) if y is None else (other, y)  # only looked at where there is clamping
-            grad_other, grad = _mp_sum_backward(grad, *inputs, ctx.t, ctx.clip)
+            grad_other, grad = _mp_sum_backward(grad, grads[1] if ctx.twice else None, None, ctx.t, True)
         elif ctx.fused == "qkv":
             grad = _qkv_norm_backward(*grads, y, grad.shape[1], reference.layer_eps())
         grad_x = gradient_of_input(grad, kernel, x) if needs_x else None
@@ -367,10 +370,8 @@ class _Convolution(torch.autograd.Function):
         if ctx.gradients == "effective":
             grad_w = grad_w.to(w.dtype, memory_format=memory_format(w))
             return grad_x, grad_w, None, grad_other, *nothing
-        wide = None if gain is None else gain.to(w.device, torch.float32)
-        scale = ctx.gain if gain is None else 1.0
-        grad_w, grad_gain = _effective_weight_backward(grad_w, w, wide, scale, reference.layer_eps())
-        return grad_x, grad_w, None if gain is None else grad_gain.to(gain.device, gain.dtype), grad_other, *nothing
+        grad_w, grad_gain = raw_gradients(grad_w, w, ctx.gain if gain is None else gain)
+        return grad_x, grad_w, grad_gain, grad_other, *nothing
 
 
 def _differentiable_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -388,7 +389,8 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
         if ctx.fused == "silu":
             return reference.mp_silu_modulated(y, rest[-1])
         if ctx.fused == "sum":
-            return reference.mp_sum(rest[-1], y, ctx.t, None if math.isinf(ctx.clip) else ctx.clip)
+            y = reference.mp_sum(rest[-1], y, ctx.t)
+            return (y, y) if ctx.twice else y
         return reference.qkv_norm(y, grads[0].shape[1]) if ctx.fused == "qkv" else y
 
     inputs = [x, w, *([gain] if of_gain else []), *([] if other is None else [other])]

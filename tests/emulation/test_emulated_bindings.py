@@ -8,6 +8,7 @@ import emulated
 import pytest
 import torch
 from layouts import EPS, LAYOUT_PAIRS, LAYOUTS, SHAPES, check, strided
+from torch import Tensor
 
 from edm2ext import reference
 
@@ -84,27 +85,40 @@ def test_modulated_without_pixels(ops: SimpleNamespace):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mp_sum(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_layout: str):
     inputs = [emulated.random_tensor(*shape, dtype=torch.float32, seed=i) for i in range(2)]
-    for clip in (math.inf, 0.9):
-        check(
-            lambda a, b: ops.mp_sum(a, b, 0.3, clip),  # noqa: B023
-            lambda g, a, b: ops.mp_sum_backward(g, a, b, 0.3, clip),  # noqa: B023
-            lambda a, b: reference.mp_sum(a, b, 0.3, None if clip == math.inf else clip),  # noqa: B023
-            inputs,
-            layout,
-            grad_layout,
-        )
+
+    def backward(g: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same whether there is one user, or the gradient comes in halves from two."""
+        channels_last = reference.memory_format(a) != torch.contiguous_format
+        grads = ops.mp_sum_backward(g, None, mask, 0.3, channels_last)
+        halves = ops.mp_sum_backward(g / 2, g / 2, mask, 0.3, channels_last)
+        assert all(torch.equal(grad, half) for grad, half in zip(grads, halves, strict=True))
+        return grads
+
+    check(
+        lambda a, b: ops.mp_sum(a, b, 0.3, math.inf),
+        lambda g, a, b: backward(g, a, None),
+        lambda a, b: reference.mp_sum(a, b, 0.3),
+        inputs,
+        layout,
+        grad_layout,
+    )
+    check(
+        lambda a, b: ops.mp_sum_clipped(a, b, 0.3, 0.9)[0],
+        lambda g, a, b: backward(g, a, ops.mp_sum_clipped(a, b, 0.3, 0.9)[1]),
+        lambda a, b: reference.mp_sum(a, b, 0.3, 0.9),
+        inputs,
+        layout,
+        grad_layout,
+    )
 
 
 def test_mp_sum_of_any_dimension(ops: SimpleNamespace):
     for shape in ((), (7,), (2, 3, 4, 5, 2, 2)):
         a, b = torch.randn(shape), torch.randn(shape)
-        torch.testing.assert_close(ops.mp_sum(a, b, 0.3, 1.0), reference.mp_sum(a, b, 0.3, 1.0))
-
-
-def test_mp_sum_backward_without_clipping_ignores_the_inputs(ops: SimpleNamespace):
-    grad, x = torch.ones(2, 3), torch.full((2, 3), math.nan)
-    for grad_x in ops.mp_sum_backward(grad, x, x, 0.5, math.inf):
-        torch.testing.assert_close(grad_x, grad / math.sqrt(2))
+        y, mask = ops.mp_sum_clipped(a, b, 0.3, 1.0)
+        torch.testing.assert_close(y, reference.mp_sum(a, b, 0.3, 1.0))
+        assert torch.equal(ops.mp_sum(a, b, 0.3, 1.0), y)
+        assert mask.shape == ((a.numel() + 7) // 8,)
 
 
 @pytest.mark.parametrize(("layout", "grad_layout"), LAYOUT_PAIRS)

@@ -21,7 +21,8 @@ def test_double_is_refused(ops: SimpleNamespace):
         lambda: ops.qkv_norm(x, 1, EPS),
         lambda: ops.resample_down_pixel_norm(x[None], EPS),
         lambda: ops.mp_sum(x, x, 0.5, 1.0),
-        lambda: ops.mp_sum_backward(x, x, x, 0.5, 1.0),
+        lambda: ops.mp_sum_clipped(x, x, 0.5, 1.0),
+        lambda: ops.mp_sum_backward(x, None, None, 0.5, False),
         lambda: ops.mp_cat(x, x, 0.5),
         lambda: ops.mp_cat_silu_backward(x, x, x, 1, 0.5),
         lambda: ops.mp_fourier(x[0, 0], x[0, 0], x[0, 0]),
@@ -118,7 +119,13 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
         "ema_update_: emas: expected shape": lambda: ops.ema_update_([c], [x], [0.5]),
         "mp_sum: b: expected dtype Float, got Half": lambda: ops.mp_sum(x, x.half(), 0.5, 1.0),
         "mp_sum: clip: expected at least 0, got -1": lambda: ops.mp_sum(x, x, 0.5, -1.0),
-        "mp_sum_backward: b: expected shape": lambda: ops.mp_sum_backward(x, x, x[:1], 0.5, 1.0),
+        "mp_sum_backward: more_grad: expected shape": lambda: ops.mp_sum_backward(x, x[:1], None, 0.5, False),
+        r"mp_sum_backward: mask: expected 3 bytes, got Byte of shape \[4\]": lambda: ops.mp_sum_backward(
+            x, None, torch.zeros(4, dtype=torch.uint8), 0.5, False
+        ),
+        r"mp_sum_backward: grad: expected 4 or 5 dimensions for channels_last, got shape \[2, 3, 4\]": (
+            lambda: ops.mp_sum_backward(x, None, None, 0.5, True)
+        ),
         "mp_cat: b: expected the shape of a but for dimension 1": lambda: ops.mp_cat(x, x[:1], 0.5),
         "mp_cat_backward: channels_a: expected 1 to 2, got 3": lambda: ops.mp_cat_backward(x, 3, 0.5),
         "mp_cat_silu_backward: grad_silu: expected dtype": lambda: ops.mp_cat_silu_backward(x, x.half(), x, 1, 0.5),

@@ -13,30 +13,35 @@ from edm2ext import reference
 
 T = 0.3
 WEIGHTS = ((1 - T) / math.hypot(1 - T, T), T / math.hypot(1 - T, T))
-Offsets = tuple[int, int]  # of the inputs, and of the gradient and the outputs
+UNTOUCHED = 0xA5
+Offsets = tuple[int, int]  # of the inputs, and of the gradients and the outputs
 
 
 def forward(library: Library, a: Tensor, b: Tensor, clip: float, offsets: Offsets = (0, 0)) -> list[Tensor]:
-    """mp_sum of a and b [numel]."""
+    """mp_sum of a and b [numel], with the mask of a byte for eight elements where the clip is finite."""
     left, right = (Guarded(x, a.dtype, offsets[0]) for x in (a, b))
     y = Guarded(a.numel(), a.dtype, offsets[1])
-    library.call("mp_sum", left.tensor, right.tensor, y.tensor, a.numel(), a.dtype, *WEIGHTS, clip)
+    mask = torch.full([(a.numel() + 7) // 8 + 1], UNTOUCHED, dtype=torch.uint8)
+    bits = mask if clip < math.inf else None
+    library.call("mp_sum", left.tensor, right.tensor, y.tensor, bits, a.numel(), a.dtype, *WEIGHTS, clip)
     y.check_margins()
-    return [y.tensor]
+    assert mask[-1] == UNTOUCHED
+    return [y.tensor] if bits is None else [y.tensor, mask[:-1]]
 
 
 def backward(
-    library: Library, grad: Tensor, a: "Tensor | None", b: "Tensor | None", clip: float, offsets: Offsets = (0, 0)
+    library: Library, grads: tuple[Tensor, ...], mask: "Tensor | None", offsets: Offsets = (0, 0)
 ) -> list[Tensor]:
-    """The gradients of a and b [numel], which are None where they must not be read."""
-    inputs = [None if x is None else Guarded(x, x.dtype, offsets[0]) for x in (a, b)]
-    grad_y = Guarded(grad, grad.dtype, offsets[1])
-    outputs = [Guarded(grad.numel(), grad.dtype, offsets[1]) for _ in range(2)]
-    tensors = [None if t is None else t.tensor for t in (grad_y, *inputs, *outputs)]
-    library.call("mp_sum_backward", *tensors, grad.numel(), grad.dtype, *WEIGHTS, clip)
+    """The gradients of both inputs [numel], from those of one or two users."""
+    given = [Guarded(grad, grad.dtype, offsets[i]) for i, grad in enumerate(grads)]
+    numel, dtype = grads[0].numel(), grads[0].dtype
+    outputs = [Guarded(numel, dtype, offsets[1]) for _ in range(2)]
+    more = given[1].tensor if len(given) > 1 else None
+    results = [out.tensor for out in outputs]
+    library.call("mp_sum_backward", given[0].tensor, more, mask, *results, numel, dtype, *WEIGHTS)
     for out in outputs:
         out.check_margins()
-    return [out.tensor for out in outputs]
+    return results
 
 
 def plain(a: Tensor, b: Tensor, grad: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +65,7 @@ def test_matches_reference(library: Library, clip: float, numel: int, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("clip", [math.inf, 1.0])
 def test_one_misaligned_tensor(library: Library, clip: float, number: int, dtype: torch.dtype):
     with emulated.misaligned(number):
@@ -68,16 +73,18 @@ def test_one_misaligned_tensor(library: Library, clip: float, number: int, dtype
 
 
 def check(library: Library, clip: float, numel: int, dtype: torch.dtype, offsets: Offsets) -> None:
-    """Forward and backward under all schedules; inputs are given to the backward only where it may read them."""
-    a, b, grad = (emulated.random_tensor(numel, dtype=dtype, seed=i) for i in range(3))
+    """Forward, and backward for one user and for two, under all schedules."""
+    a, b, grad, more = (emulated.random_tensor(numel, dtype=dtype, seed=i) for i in range(4))
     near = (reference.mp_sum(a.double(), b.double(), T).abs() - clip).abs() < 0.02  # where rounding would decide
     a, b = a.masked_fill(near, 0), b.masked_fill(near, 0)
-    exact, rounded = plain(a.double(), b.double(), grad.double(), clip), plain(a, b, grad, clip)
-    outputs = emulated.under_all_schedules(library, partial(forward, library, a, b, clip, offsets))
-    inputs = (None, None) if clip == math.inf else (a, b)
-    outputs += emulated.under_all_schedules(library, partial(backward, library, grad, *inputs, clip, offsets))
-    for name, out, low, high in zip(("y", "grad_a", "grad_b"), outputs, rounded, exact, strict=True):
-        emulated.assert_as_accurate(out, low, high, f"{name}, {numel} {dtype} {offsets} {clip}")
+    y, *masks = emulated.under_all_schedules(library, partial(forward, library, a, b, clip, offsets))
+    mask = masks[0] if masks else None
+    for grads in ((grad,), (grad, more)):
+        exact = plain(a.double(), b.double(), sum(g.double() for g in grads), clip)
+        rounded = plain(a, b, sum(grads[1:], grads[0]), clip)
+        found = emulated.under_all_schedules(library, partial(backward, library, grads, mask, offsets))
+        for name, out, low, high in zip(("y", "grad_a", "grad_b"), (y, *found), rounded, exact, strict=True):
+            emulated.assert_as_accurate(out, low, high, f"{name}, {numel} {dtype} {offsets} {clip} {len(grads)} users")
 
 
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
@@ -88,23 +95,33 @@ def test_bounds(library: Library, dtype: torch.dtype):
     clip = 1.0 * WEIGHTS[0]
     a, b = values.to(dtype), torch.zeros(8, dtype=dtype)
     expected = torch.tensor([1, -1, 1, -1, 0.5, 1, -1, torch.nan], dtype=torch.float64) * WEIGHTS[0]
-    (y,) = forward(library, a, b, clip)
+    y, mask = forward(library, a, b, clip)
     torch.testing.assert_close(y, expected.to(dtype), equal_nan=True)
-    grad_a, grad_b = backward(library, torch.ones_like(a), a, b, clip)
+    assert mask.tolist() == [0b00010011]
+    grad_a, grad_b = backward(library, (torch.ones_like(a),), mask)
     passes = torch.tensor([1, 1, 0, 0, 1, 0, 0, 0], dtype=torch.float64)
     torch.testing.assert_close(grad_a, (passes * WEIGHTS[0]).to(dtype))
     torch.testing.assert_close(grad_b, (passes * WEIGHTS[1]).to(dtype))
 
 
+@pytest.mark.parametrize("numel", [3, 8, 21])
+def test_bits_behind_the_last_element_are_zero(library: Library, numel: int):
+    _, mask = forward(library, torch.zeros(numel), torch.zeros(numel), 1.0)
+    assert mask.tolist() == [255] * (numel // 8) + ([2 ** (numel % 8) - 1] if numel % 8 else [])
+
+
 def test_stopped_gradient_is_zero_whatever_it_was(library: Library):
-    a = torch.full((9,), 3.0)
     grad = torch.full((9,), torch.inf)
-    assert all(not g.any() for g in backward(library, grad, a, a, 1.0))
+    mask = torch.zeros(2, dtype=torch.uint8)
+    assert all(not g.any() for grads in ((grad,), (grad, -grad)) for g in backward(library, grads, mask))
 
 
 def test_empty(library: Library):
     before = library.launches()
-    empty = torch.empty(0)
-    forward(library, empty, empty, math.inf)
-    backward(library, empty, empty, empty, 1.0)
+    empty, mask = torch.empty(0), torch.empty(0, dtype=torch.uint8)
+    for clip in (math.inf, 1.0):
+        forward(library, empty, empty, clip)
+    for bits in (None, mask):
+        backward(library, (empty,), bits)
+        backward(library, (empty, empty), bits)
     assert library.launches() == before

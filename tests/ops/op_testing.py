@@ -111,6 +111,8 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list
     ),
     "mp_sum": (lambda m, a, b: m.mp_sum(a, b, 0.3), [(2, 3), (2, 3)]),
     "mp_sum_clip": (lambda m, a, b: m.mp_sum(a, b, 0.3, clip=1.3), [(2, 6), (2, 6)]),
+    "mp_sum_twice": (lambda m, a, b: m.mp_sum(a, b, 0.3, twice=True), [(2, 3), (2, 3)]),
+    "mp_sum_clip_twice": (lambda m, a, b: m.mp_sum(a, b, 0.3, clip=1.3, twice=True), [(2, 6), (2, 6)]),
     "mp_cat": (lambda m, a, b: m.mp_cat(a, b, 0.3), [(2, 3, 2), (2, 1, 2)]),
     "mp_cat_silu": (lambda m, a, b: m.mp_cat(a, b, 0.3, silu=True), [(2, 3, 2), (2, 1, 2)]),
     "mp_fourier": (lambda m, x, f, p: m.mp_fourier(x, f, p), [(3,), (4,), (4,)]),

@@ -49,12 +49,52 @@ def test_layouts_of_the_two_may_differ() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_gradient_passes_at_the_clip_and_stops_beyond(backend: str) -> None:
-    a = torch.tensor([0.9, 1.0, 1.1, -1.0, -1.1], requires_grad=True)
-    out = ops.mp_sum(a, torch.zeros(5), t=0.0, clip=1.0)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_passes_at_the_clip_and_stops_beyond(backend: str, dtype: torch.dtype) -> None:
+    a = torch.tensor([0.5, 1.0, 1.125, -1.0, -1.125] * 2, dtype=dtype, requires_grad=True)  # exact in every dtype
+    out = ops.mp_sum(a, torch.zeros(10, dtype=dtype), t=0.0, clip=1.0)
     out.sum().backward()
-    assert torch.equal(out, torch.tensor([0.9, 1.0, 1.0, -1.0, -1.0]))
-    assert torch.equal(a.grad, torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]))
+    assert torch.equal(out, torch.tensor([0.5, 1.0, 1.0, -1.0, -1.0] * 2, dtype=dtype))
+    assert torch.equal(a.grad, torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0] * 2, dtype=dtype))
+
+
+def test_nan_stays_and_stops_the_gradient(backend: str) -> None:
+    a = torch.full([11], torch.nan, requires_grad=True)
+    out = ops.mp_sum(a, torch.zeros(11), clip=1.0)
+    out.sum().backward()
+    assert out.isnan().all()
+    assert not a.grad.any()
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_users(shape: tuple[int, ...], dtype: torch.dtype, clip: float | None) -> None:
+    compare("mp_sum", _away_from_the_clip(shape, dtype), dtype=dtype, t=0.3, clip=clip, twice=True)
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_users_and_layouts(layout: str, clip: float | None) -> None:
+    inputs = _away_from_the_clip((2, 5, 3, 7), torch.float32)
+    compare("mp_sum", inputs, layout=layout, expanded_grad=True, clip=clip, twice=True)
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_the_second_user_may_do_without_a_gradient(backend: str, clip: float | None) -> None:
+    a, b = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    pair = ops.mp_sum(a, b, 0.3, clip, twice=True)
+    assert torch.equal(*pair)
+    expected = torch.autograd.grad(ops.mp_sum(a, b, 0.3, clip).sin().sum(), (a, b))
+    for y in pair:
+        torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), (a, b), retain_graph=True), expected)
+
+
+def test_two_users_share_memory(backend: str) -> None:
+    a = torch.randn(3, 5)
+    for x in (a, a.clone().requires_grad_()):
+        first, second = ops.mp_sum(x, a, twice=True)
+        assert first.data_ptr() == second.data_ptr()
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

@@ -43,7 +43,13 @@ def arguments(name: str, r: Make) -> list[tuple]:
             (r(2, 6, 4, 5), y, c, PHILOX, 0, 60000),
         ],
         "mp_sum": [(x, r(2, 6, 4, 5), 0.3, math.inf), (y, r(2, 6, 4, 5), 0.3, 0.5)],
-        "mp_sum_backward": [(expanded(x), x, r(2, 6, 4, 5), 0.3, 0.5), (y, y, y, 0.3, math.inf)],
+        "mp_sum_clipped": [(x, r(2, 6, 4, 5), 0.3, 0.5), (y, r(2, 6, 4, 5), 0.3, 1.0), (r(3, 7), r(3, 7), 0.3, 0.5)],
+        "mp_sum_backward": [
+            (expanded(x), x, torch.arange(30, dtype=torch.uint8), 0.3, False),
+            (y, None, torch.arange(30, dtype=torch.uint8), 0.3, True),
+            (x, y, None, 0.5, True),
+            (r(2, 6, 1, 1), None, None, 0.5, True),
+        ],
         "mp_cat": [(x, r(2, 3, 4, 5), 0.3), (y, channels_last(r(2, 3, 4, 5)), 0.5)],
         "mp_cat_backward": [(x, 2, 0.3), (y, 2, 0.5), (expanded(x), 1, 0.5)],
         "mp_cat_silu": [(x, r(2, 3, 4, 5), 0.3), (y, channels_last(r(2, 3, 4, 5)), 0.5)],
@@ -145,7 +151,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 44
+    assert len(NAMES) == 45
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -97,4 +97,5 @@ def test_a_users_model() -> None:
 
 @pytest.mark.slow
 def test_inductor() -> None:
-    assert_compiles(lambda: network().train(), "inductor", *INPUTS, tolerance=1e-4)
+    with torch._inductor.config.patch(fallback_random=True):  # dropout's seed is drawn as in eager mode
+        assert_compiles(lambda: network().train(), "inductor", *INPUTS, tolerance=1e-4)
