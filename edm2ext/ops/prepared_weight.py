@@ -65,6 +65,6 @@ def raw_gradients(grad: Tensor, w: Tensor, gain: "Tensor | float") -> tuple[Tens
     """Of w and of the gain, if it is a tensor, from the gradient of their effective weight (2.6)."""
     if not isinstance(gain, Tensor):
         return _effective_weight_backward(grad, w, None, gain, reference.layer_eps())[0], None
-    wide = gain.to(torch.promote_types(gain.dtype, torch.float32))
+    wide = gain.to(w.device, torch.promote_types(gain.dtype, torch.float32))
     grad_w, grad_gain = _effective_weight_backward(grad, w, wide, 1.0, reference.layer_eps())
-    return grad_w, grad_gain.to(gain.dtype)
+    return grad_w, grad_gain.to(gain.device, gain.dtype)
