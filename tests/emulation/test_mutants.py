@@ -43,7 +43,7 @@ def run_mutate(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_every_barrier():
-    """Of those that may not be redundant, each is missed by some test."""
+    """Some test fails without it, or unnoticeable.py says why it is redundant."""
     run_mutate("--operators", "barrier", "--quick")
 
 
