@@ -122,7 +122,7 @@ struct AdamRow {
   __device__ float* ema(int profile) const { return table.pointers[task.first_pointer + profile] + at; }
 
   /// Sums over the row of w^2 and of grad * w; holds both.
-  __device__ Floats<2> sums_with_gradient(Team& team, int& nonfinite) const {
+  __device__ Floats<2> sums_with_gradient(const Team& team, int& nonfinite) const {
     Floats<2> sums = {};
     team.for_each<2>(
         size, task.quads,
@@ -201,7 +201,7 @@ struct AdamRow {
   }
 };
 
-__device__ inline void adam_row(const AdamTable& table, const AdamTask& task, Team team, int64_t row) {
+__device__ inline void adam_row(const AdamTable& table, const AdamTask& task, const Team& team, int64_t row) {
   const bool effective = task.weight && table.effective;
   const int64_t at = row * task.row_size;
   const int size = static_cast<int>(task.numel - at < task.row_size ? task.numel - at : task.row_size);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<>) adam_gains(const 
   for (int item = static_cast<int>(blockIdx.x); item < table.items; item += static_cast<int>(gridDim.x)) {
     const AdamTask& task =
         table.tasks[last_not_above(item, table.count, [&](int t) { return table.tasks[t].first_item; })];
-    Team team(task.row_size);
+    const Team team(task.row_size);
     const int n = task.row_size;
     const float inverse_root = 1.0f / sqrtf(static_cast<float>(n));
     const float* before = task.row_dots + task.rows;

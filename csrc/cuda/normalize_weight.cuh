@@ -73,7 +73,7 @@ struct NormalizedRow {
 };
 
 /// Reads a row, holds it if it fits, and returns its sum of squares.
-__device__ inline float hold_row(Team& team, const NormalizedRow& row) {
+__device__ inline float hold_row(const Team& team, const NormalizedRow& row) {
   float squares = 0.0f;
   team.for_each<4>(
       row.size, row.quads, [&](auto width, int i) { return Raw<width.value>::load(row.w, row.dtype, i); },
@@ -86,7 +86,7 @@ __device__ inline float hold_row(Team& team, const NormalizedRow& row) {
 }
 
 template <int kTensors>
-__device__ void normalize_row(const WeightTable<kTensors>& table, const WeightTask& task, Team team, int64_t row) {
+__device__ void normalize_row(const WeightTable<kTensors>& table, const WeightTask& task, const Team& team, int64_t row) {
   const int n = task.row_size;
   const NormalizedRow own{advanced(task.w, table.dtype, row * n), row_memory(team, n, 1, table.capacity), n, task.quads,
                           table.dtype};
@@ -156,7 +156,7 @@ struct WeightGradient {
 
 template <int kTensors>
 __device__ void normalize_row_backward(const WeightBackwardTable<kTensors>& table, const WeightBackwardTask& task,
-                                       Team team, int64_t row) {
+                                       const Team& team, int64_t row) {
   const int n = task.row_size;
   const void* const w = advanced(task.w, table.dtype, row * n);
   const void* const grad = advanced(task.grad, table.grad_dtype, row * n);

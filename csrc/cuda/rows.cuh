@@ -104,7 +104,6 @@ struct Team {
   int rank;   // of the thread in its team
   int size;   // threads of the team
   int index;  // of the team in its block
-  int sums = 0;
 
   __device__ explicit Team(int row_size) : rank(static_cast<int>(threadIdx.x)), size(kThreads), index(0) {
     if (row_size > kShortRow) return;
@@ -116,10 +115,10 @@ struct Team {
   __device__ static int teams(int row_size) { return row_size > kShortRow ? 1 : kWarps; }
 
   /// Sums over the team, which every thread of it gets; they come in a fixed order. What threads of the team wrote
-  /// before, all of them see after. At most two calls for a row.
+  /// before, all of them see after. At most one call for a row with each N.
   template <int N>
-  __device__ Floats<N> sum(Floats<N> values) {
-    __shared__ Floats<N> partial[2][kWarps];
+  __device__ Floats<N> sum(Floats<N> values) const {
+    __shared__ Floats<N> partial[kWarps];
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
       values = map([offset](float v) { return v + __shfl_xor_sync(kWholeWarp, v, offset); }, values);
     }
@@ -127,11 +126,10 @@ struct Team {
       sync();
       return values;
     }
-    Floats<N>* own = partial[sums++];
-    if (rank % kWarpSize == 0) own[rank / kWarpSize] = values;
+    if (rank % kWarpSize == 0) partial[rank / kWarpSize] = values;
     __syncthreads();
-    values = own[0];
-    for (int warp = 1; warp < kWarps; ++warp) values = values + own[warp];
+    values = partial[0];
+    for (int warp = 1; warp < kWarps; ++warp) values = values + partial[warp];
     return values;
   }
 

@@ -44,7 +44,6 @@ FAULTS: list[tuple[str, str, str]] = [
     ("adam_step.cu", "quads = quads && all_aligned(t.emas[k])", "quads = quads"),
     ("rows.cuh", "offset = kWarpSize / 2; offset > 0", "offset = kWarpSize / 4; offset > 0"),
     ("rows.cuh", "int warp = 1; warp < kWarps; ++warp) values", "int warp = 2; warp < kWarps; ++warp) values"),
-    ("rows.cuh", "partial[sums++]", "partial[sums]"),
     ("rows.cuh", "number(middle) <= value", "number(middle) < value"),
     ("rows.cuh", "i % outer * inner + i / outer", "i % inner * inner + i / inner"),
     ("rows.cuh", "if (needed > capacity) return nullptr;", ""),

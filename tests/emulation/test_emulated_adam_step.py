@@ -38,6 +38,7 @@ CASES = [
     Case(11, 128, prepared=False),
     Case(0, 1),
     Case(3, 72, 9, offset=1),
+    Case(3, 24, 4),  # quads in one layout, none in the other
     Case(20, 512, gain=True, prepared=False),
     Case(2, 516),
     Case(0, 4099),
@@ -68,6 +69,8 @@ class State:
             self.tensors.append(self._make(shape, 10 * i))
             for j, bad in enumerate((math.inf, math.nan), start=1):
                 self.tensors[-1]["grad"].view(-1)[j : j + 1] = bad
+                for name in self.NAMES[2:]:  # moments of an element that never had a gradient
+                    self.tensors[-1][name].view(-1)[j : j + 1] = 0
             self.gains.append(self._make((), 10 * i + 5) if case.gain else None)
         self.scalars = torch.tensor([0.07, 0.8, *[1.0, 0.3, 1e-4, 0.6][:profiles]], dtype=torch.float64)
 
@@ -78,7 +81,8 @@ class State:
         }
         made["exp_avg_sq"].abs_()
         for k in range(self.profiles):
-            made[f"ema{k}"] = emulated.random_tensor(*shape, dtype=F32, seed=seed + 50 + k)
+            scale = 1000 if k == 0 else 1  # the first average's weight is 1: nothing is left of what it was
+            made[f"ema{k}"] = emulated.random_tensor(*shape, dtype=F32, seed=seed + 50 + k, scale=scale)
         return made
 
 

@@ -42,6 +42,7 @@ CASES = [
     Case(2, 4212, 9, gain=-1.3),
     Case(1, 6912),
     Case(4, 30, 3, offset=3),
+    Case(3, 24, 4),  # quads in one layout, none in the other
     Case(1, 25092, 9),  # too long for shared memory
     Case(1, 32256),  # the longest of EDM2-XXL
     Case(0, 16),
