@@ -9,7 +9,6 @@ import pytest
 import seeding
 from faults import FAULTS
 
-
 SOURCE = """
 template <int N>
 __global__ void f(float* x, int64_t count) {  // i < count
