@@ -86,7 +86,8 @@ __device__ inline float hold_row(const Team& team, const NormalizedRow& row) {
 }
 
 template <int kTensors>
-__device__ void normalize_row(const WeightTable<kTensors>& table, const WeightTask& task, const Team& team, int64_t row) {
+__device__ void normalize_row(const WeightTable<kTensors>& table, const WeightTask& task, const Team& team,
+                              int64_t row) {
   const int n = task.row_size;
   const NormalizedRow own{advanced(task.w, table.dtype, row * n), row_memory(team, n, 1, table.capacity), n, task.quads,
                           table.dtype};
