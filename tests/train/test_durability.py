@@ -452,7 +452,7 @@ def test_exit_code_of_a_signal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_while_the_program_still_starts(tmp_path: Path, number: signal.Signals) -> None:
-    """It comes as soon as it is handled, long before torch is imported: nothing is written, and 75 says run it again."""
+    """It comes as soon as it is handled, long before torch is imported: nothing is written, 75 says run it again."""
     arguments = command(tmp_path / "run", "--duration", "1Gi")
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE)
     wait_for(lambda: handles(process.pid, SIGNALS[-1]) or process.poll() is not None)
