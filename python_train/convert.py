@@ -48,6 +48,8 @@ def convert(source: Path, target: Path, facts: Facts = NOTHING_SAID, *, overwrit
     Memory is that of the largest tensor. Raises UserError if the source is refused, does not tell all that a header
     needs, or the target exists and is something else; nothing is written then.
     """
+    if source.suffix == ".safetensors":
+        raise UserError(f"{source} is a snapshot of this program already; --to official converts it to a .pt file")
     networks = _networks(source, facts)
     if target.suffix == ".safetensors" and not target.is_dir():
         if len(networks) > 1:

@@ -112,14 +112,15 @@ def generate(
 ) -> list[Path]:
     """Write one PNG per seed and network (this process's share of them).
 
-    Latents are decoded by ``vae``, a name or folder for diffusers; without one they are written as .npy.
+    Latents are decoded by ``vae``, a name or folder for diffusers; without one they are written as .npy (float32), and
+    so are pixels of 5 or more channels (uint8).
 
     Images that are there whole and were made with the same options are kept; damaged ones among them are drawn anew.
     With several networks each has a folder of its own in ``outdir``. ``grid`` is where to draw a table of all images,
     with a row for each network if there are several. ``sampler`` goes to :func:`python_train.sample.sample`.
 
     Returns the paths of this process's share. Raises UserError or ValueError before anything is written: see `Job`,
-    `parse_seeds` and `sample`; also for a grid that exists, would be too large or cannot show latents.
+    `parse_seeds` and `sample`; also for a grid that exists, would be too large or cannot show what is no picture.
     """
     world = world or World()
     check_sampler(guides, sampler)
@@ -184,8 +185,13 @@ def check_grid(path: Path, jobs: Sequence[Job], overwrite: bool) -> None:
         raise UserError(f"the grid {path} exists already; name another file, or remove it")
     if not path.parent.is_dir():
         raise UserError(f"the folder of the grid {path} does not exist")
-    if any(job.suffix == ".npy" for job in jobs):
-        raise UserError("a grid shows images, and these are latents: leave --latents out")
+    for job in jobs:
+        if job.encoder.facts()["kind"] == "latent" and job.vae is None:
+            raise UserError("a grid shows images, and these are latents: leave --latents out")
+        if not job.drawable:
+            raise UserError(
+                f"a grid shows images of 1 to 4 channels, and {job.net_path} makes {job.drawn[0]}: leave --grid out"
+            )
     if count > LARGEST_GRID:
         raise UserError(f"a grid of {count} images is too large; name {LARGEST_GRID} seeds or fewer")
     if len({job.drawn for job in jobs}) > 1:
@@ -263,7 +269,7 @@ def main(
     latents: bool,
     **options: Any,
 ) -> None:
-    """Draw images from a trained network: {seed:06d}.png for every seed."""
+    """Draw images from a trained network: {seed:06d}.png for every seed, or .npy [C,H,W] with more than 4 channels."""
     with reported("interrupted; the same command draws the rest"):
         numbers = parse_seeds(seeds)
         with open_world(device) as world:

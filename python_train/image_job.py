@@ -70,7 +70,7 @@ def image_path(outdir: Path, seed: int, subdirs: bool, suffix: str) -> Path:
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 [C,H,W] as PNG, or latents float32 [C,H,W] as .npy, atomically."""
+    """Write [C,H,W] atomically, by the suffix: uint8 with C = 1 to 4 as PNG, or an array of any kind as .npy."""
     if path.suffix == ".png":
         save_png(path, to_pillow(image))
         return
@@ -79,7 +79,7 @@ def save_image(path: Path, image: np.ndarray) -> None:
 
 
 def is_whole(path: Path, shape: Sequence[int] | None) -> bool:
-    """Whether a file holds an undamaged image [C,H,W] (PNG) or latent (.npy) of that shape; None = of any."""
+    """Whether a file holds an undamaged image (PNG) or array (.npy) [C,H,W] of that shape; None = of any."""
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False).shape == tuple(shape or ())
@@ -140,7 +140,8 @@ class Job:
         self.vae = vae if latent else None
         self.drawn = (config["img_channels"], config["img_resolution"], config["img_resolution"])
         self.shape = None if self.vae else self.drawn  # what a VAE makes is not known before
-        self.suffix = ".npy" if latent and vae is None else ".png"
+        self.drawable = config["img_channels"] <= 4 if not latent else vae is not None
+        self.suffix = ".png" if self.drawable else ".npy"
         self.paths = {seed: image_path(folder, seed, subdirs, self.suffix) for seed in seeds}
         facts = {
             "net": file_facts(net_path),

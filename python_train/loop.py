@@ -21,6 +21,7 @@ from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.reporter import Reporter
 from python_train.run_dir import RunDir
+from python_train.sample_grids import SampleGrids
 from python_train.saving import Saver
 from python_train.stop import Stopped, StopRequest
 from python_train.trainer import Trainer
@@ -89,6 +90,7 @@ def train(
     net = build_network(options, dataset.resolution, channels, dataset.label_dim)
     dataset.require_divisible(net.unet.stride)
     stop_point(options, 0)
+    grids = SampleGrids(options, dataset, encoder, world.device) if options.sample else None
     notes = _start_from(options, net, Path(outdir))
     dataset.preload(progress and world.rank == 0)
     run = None
@@ -98,7 +100,7 @@ def train(
         for note in notes if run is not None else ():
             run.log(note)
         with StopRequest(world) as request:
-            return _train(options, world, dataset, encoder, net, run, request, progress)
+            return _train(options, world, dataset, encoder, net, run, grids, request, progress)
     finally:
         if run is not None:
             run.close()
@@ -119,6 +121,7 @@ def _train(
     encoder: data.Encoder,
     net: Precond,
     run: RunDir | None,
+    grids: SampleGrids | None,
     request: StopRequest,
     progress: bool,
 ) -> int:
@@ -140,7 +143,7 @@ def _train(
         tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch))
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
-    report = Reporter(trainer, dataset, encoder, run, elapsed)
+    report = Reporter(trainer, dataset, encoder, run, grids, elapsed)
     step = graph.stepper(trainer)
     if run is not None and options.cuda_graph and trainer.shards is not None:
         run.log("FSDP runs eagerly: no CUDA graph is captured")

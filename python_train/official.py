@@ -157,7 +157,8 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
 def _averages(ema: Any) -> list[tuple[float | None, dict[Any, Any]]]:
     """(width, state dict) of each average: power-function ones, or one traditional (spec 5.2, 9.6)."""
     if not isinstance(ema, dict):
-        raise Refused("it holds no average of its network")
+        raise Refused("it holds no average of its network under 'ema'; convert --to official writes such files: "
+                      "use the snapshot that it was made from")  # fmt: skip
     if "emas" not in ema:
         return [(None, ema)]
     stds, states = ema.get("stds"), ema["emas"]

@@ -24,13 +24,19 @@ class Reporter:
     """Status lines and statistics (spec 4.8, item 1). Time outside the optimizer steps is maintenance."""
 
     def __init__(
-        self, trainer: Trainer, dataset: data.Dataset, encoder: data.Encoder, run: RunDir | None, elapsed: float
+        self,
+        trainer: Trainer,
+        dataset: data.Dataset,
+        encoder: data.Encoder,
+        run: RunDir | None,
+        grids: SampleGrids | None,
+        elapsed: float,
     ) -> None:
         options = trainer.options
         levels = noise_levels.training_levels(options.P_mean, options.P_std)
         self.trainer = trainer
         self.probe = Probe(dataset, encoder, trainer.world.device, levels)
-        self.grids = SampleGrids(trainer, dataset, encoder) if options.sample else None
+        self.grids = grids
         self.sinks = open_sinks(options, run.path, trainer.nimg) if run is not None else ()
         self.drifting: set[str] = set()
         self.run = run
@@ -81,7 +87,7 @@ class Reporter:
             stats["Resources/peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
             torch.cuda.reset_peak_memory_stats()
         net = trainer.whole_net()
-        metrics, grids = self.grids.draw() if self.grids is not None and draw else ({}, {})
+        metrics, grids = self.grids.draw(trainer) if self.grids is not None and draw else ({}, {})
         if self.run is not None:
             buckets, errors = self.probe.measure(net)
             stats["Loss/effective_learning_rate"] = trainer.lr / magnitudes.mean_weight(buckets)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from python_train.signals import EXIT_STOPPED, end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # also while the imports below take their seconds
+
 import dataclasses
 import errno
 import sys
@@ -15,7 +20,7 @@ import edm2ext
 from edm2ext.phema import STORAGES, parse_sigma_rel_list
 from python_train import UserError, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
-from python_train.stop import EXIT_STOPPED, Stopped
+from python_train.stop import Stopped
 from python_train.trainer import fastest_precision
 from python_train.world import World, open_world
 
@@ -71,8 +76,9 @@ run from the latest training state, with the same numbers as if it had not stopp
 the intervals may be changed freely then, and what is kept; anything else is refused with the differences listed,
 unless --override. That takes another --batch-gpu or number of processes as well: the mathematics is the same, the
 random numbers are not, so the run will not be bit for bit what it would have been.
-SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75. It
-is 1 after an error, also of the data: what was done up to there is saved.
+SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75. A
+second one ends it at once, and so does one before training begins; the code is 75 too. It is 1 after an error,
+also of the data: what was done up to there is saved.
 """
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from python_train import UserError, data
+from python_train.config import TrainOptions
 from python_train.data import latents
 from python_train.metrics import FeatureExtractor, ReferenceFeatures, feature_extractor, score
 from python_train.network import Precond
@@ -49,46 +50,41 @@ class SampleGrids:
     features cannot be made.
     """
 
-    def __init__(self, trainer: Trainer, dataset: data.Dataset, encoder: data.Encoder) -> None:
-        self.trainer = trainer
+    def __init__(
+        self, options: TrainOptions, dataset: data.Dataset, encoder: data.Encoder, device: torch.device
+    ) -> None:
         self.dataset = dataset
         self.encoder = encoder
-        self.device = trainer.world.device
-        self.decode = image_decoder(dataset, encoder, trainer.options.vae, self.device)
-        self.images = max(ROWS * COLUMNS, trainer.options.metric_images)
-        self.metrics = _Metrics(dataset, self.decode_stored, self.device) if trainer.options.metric_images else None
+        self.device = device
+        self.decode = image_decoder(dataset, encoder, options.vae, device)
+        self.images = max(ROWS * COLUMNS, options.metric_images)
+        self.metric_images = options.metric_images
+        self.metrics = _Metrics(dataset, self.decode_stored, device) if options.metric_images else None
 
     def decode_stored(self, stored: Tensor) -> Tensor:
         """Images of the data set as they would look if the network made them."""
         return self.decode(self.encoder.encode(stored))
 
-    def draw(self) -> tuple[dict[str, float], dict[str, Image.Image]]:
+    def draw(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """Metrics, such as "Metric/kid/0.050", and grids by EMA length; nothing on ranks other than 0."""
         metrics: dict[str, float] = {}
         grids: dict[str, Image.Image] = {}
-        for sigma_rel, profile in zip(self.trainer.ema.sigma_rels, self.trainer.ema.profiles, strict=True):
-            parameters = self.trainer.whole(profile)
-            if self.trainer.world.rank == 0:
-                images = torch.cat(list(self._images(self._network(parameters))))
+        for sigma_rel, profile in zip(trainer.ema.sigma_rels, trainer.ema.profiles, strict=True):
+            parameters = trainer.whole(profile)
+            if trainer.world.rank == 0:
+                images = torch.cat(list(self._images(_network(trainer, parameters), trainer.micro_batch)))
                 if self.metrics is not None:
-                    found = self.metrics.of(images[: self.trainer.options.metric_images])
+                    found = self.metrics.of(images[: self.metric_images])
                     metrics |= {f"Metric/{name}/{sigma_rel:.3f}": found[name] for name in SHOWN_METRICS}
                 shown = images[: ROWS * COLUMNS].reshape(ROWS, COLUMNS, *images.shape[1:])
-                title = f"{self.trainer.nimg // 1000}k images, EMA length {sigma_rel:g}"
+                title = f"{trainer.nimg // 1000}k images, EMA length {sigma_rel:g}"
                 grids[f"{sigma_rel:.3f}"] = image_grid(shown.numpy(), title=title)
         return metrics, grids
 
-    def _network(self, parameters: Sequence[Tensor]) -> Precond:
-        trained = self.trainer.net
-        net = Precond(**trained.config).eval().requires_grad_(False)
-        net.compute_dtype = trained.compute_dtype
-        net.load_state_dict({**trained.state_dict(), **dict(zip(self.trainer.names, parameters, strict=True))})
-        return net.to(self.device)
-
-    def _images(self, net: Precond) -> Iterator[Tensor]:
+    def _images(self, net: Precond, micro_batch: int) -> Iterator[Tensor]:
         """uint8 [n, C, H, W] on the CPU: image i is drawn from seed i (spec 6.1, 6.4)."""
         height, width = self.encoder.encode(torch.from_numpy(self.dataset.read(0))[None].to(self.device)).shape[2:]
-        batch = min(self.images, self.trainer.micro_batch)
+        batch = min(self.images, micro_batch)
         with net.baked(), torch.no_grad():
             for start in range(0, self.images, batch):
                 seeds = range(start, min(start + batch, self.images))
@@ -100,6 +96,15 @@ class SampleGrids:
             return None
         indices = [seed * self.dataset.num_images // self.images for seed in seeds]
         return torch.stack([torch.as_tensor(self.dataset.label(index)) for index in indices]).to(self.device)
+
+
+def _network(trainer: Trainer, parameters: Sequence[Tensor]) -> Precond:
+    """The trainer's network with these parameters, for sampling."""
+    trained = trainer.net
+    net = Precond(**trained.config).eval().requires_grad_(False)
+    net.compute_dtype = trained.compute_dtype
+    net.load_state_dict({**trained.state_dict(), **dict(zip(trainer.names, parameters, strict=True))})
+    return net.to(trainer.world.device)
 
 
 class _Metrics:

@@ -8,10 +8,8 @@ from types import FrameType, TracebackType
 
 import torch
 
+from python_train.signals import SIGNALS
 from python_train.world import World
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, the same command continues
 
 
 class Stopped(Exception):

@@ -94,6 +94,18 @@ def test_a_folder_is_continued(net: Precond, tmp_path: Path) -> None:
     assert first.stat().st_mtime_ns > before
 
 
+def test_what_is_ours_already_is_said_to_be(net: Precond, pkl: Path, tmp_path: Path) -> None:
+    ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pt"
+    assert run(pkl, ours).exit_code == 0
+    assert run(ours, official, "--to", "official").exit_code == 0
+    for source, words in ((ours, "is a snapshot of this program already"), (official, "no average of its network")):
+        result = run(source, tmp_path / "again.safetensors")
+        assert result.exit_code == 1
+        assert words in result.output
+        assert "--to official" in result.output
+        assert not (tmp_path / "again.safetensors").exists()
+
+
 def test_nothing_of_the_users_is_overwritten(net: Precond, pkl: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.safetensors"
     for content, words in ((b"precious", "damaged or something else"), (None, "not made from this file")):

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,6 +33,7 @@ from python_train.loop import build_network
 from python_train.reconstruct.snapshots import find_snapshots, open_snapshots
 from python_train.rng import epoch_order
 from python_train.run_dir import RunDir
+from python_train.signals import SIGNALS
 from python_train.snapshot_storage import save_tracked, tracked
 from python_train.stop import Stopped
 from python_train.trainer import Trainer
@@ -446,6 +448,39 @@ def test_exit_code_of_a_signal(tmp_path: Path) -> None:
     assert process.exitcode == 75
     assert "are done and saved; the same command continues" in (tmp_path / "run.out").read_text()
     check_listed_files(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_the_program_still_starts(tmp_path: Path, number: signal.Signals) -> None:
+    """It comes as soon as it is handled, long before torch is imported: nothing is written, 75 says run it again."""
+    arguments = command(tmp_path / "run", "--duration", "1Gi")
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE)
+    wait_for(lambda: handles(process.pid, SIGNALS[-1]) or process.poll() is not None)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    assert errors.decode() == f"asked to stop ({number.name}), ended at once; the same command continues\n"
+    assert not (tmp_path / "run").exists()
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for the signal."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> number - 1 & 1)
+
+
+def test_early_handlers_are_not_those_of_child_processes() -> None:
+    code = (
+        "import os, signal; from python_train.signals import end_at_once; end_at_once(); pid = os.fork()\n"
+        "if pid == 0: signal.pause()\n"
+        "os.kill(pid, signal.SIGTERM); assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr == b""
+
+
+def test_starting_imports_nothing_heavy_before_signals_are_handled() -> None:
+    code = "import sys, python_train.signals; assert not {'torch', 'numpy', 'click', 'edm2ext'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

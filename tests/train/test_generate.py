@@ -323,6 +323,22 @@ def test_latents_are_written_as_arrays(tmp_path: Path) -> None:
     assert latent.dtype == np.float32
 
 
+def test_images_of_many_channels_are_written_as_arrays(tmp_path: Path) -> None:
+    net = save(tmp_path / "five.safetensors", make_network(channels=5))
+    arguments = ("--net", net, "--outdir", tmp_path / "out", "--seeds", "0-2")
+    result = run(*arguments, "--grid", tmp_path / "grid.png")
+    assert result.exit_code == 1
+    assert f"a grid shows images of 1 to 4 channels, and {net} makes 5: leave --grid out" in result.output
+    assert os.listdir(tmp_path) == ["five.safetensors"]
+    assert run(*arguments).exit_code == 0
+    paths = [tmp_path / f"out/00000{seed}.npy" for seed in range(3)]
+    before = [np.load(path) for path in paths]
+    assert {(image.shape, image.dtype) for image in before} == {((5, 8, 8), np.dtype(np.uint8))}
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    assert run(*arguments).exit_code == 0
+    assert all(np.array_equal(np.load(path), image) for path, image in zip(paths, before, strict=True))
+
+
 def test_latents_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class VAE(torch.nn.Module):
         def decode(self, z: torch.Tensor) -> SimpleNamespace:

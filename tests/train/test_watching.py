@@ -77,6 +77,19 @@ def test_grids_and_metrics_during_training(tmp_path: Path, monkeypatch: pytest.M
     assert all(math.isfinite(last[key]) and last[key] > 0 for key in last if key.startswith("Metric/"))
 
 
+@pytest.mark.parametrize(("channels", "words"), [(5, "the data have 5 channels"), (2, "the data have 2 channels")])
+def test_grids_that_cannot_be_drawn_are_refused_before_anything_is_written(
+    tmp_path: Path, channels: int, words: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    for index in range(3):
+        np.save(tmp_path / f"data/{index}.npy", np.full((channels, 8, 8), index, np.uint8))
+    options = dataclasses.replace(TINY, data=str(tmp_path / "data"), cond=False, sample=1024)
+    with pytest.raises(UserError, match=words):
+        loop.train(options, data.open_dataset(options.data, cond=False), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_drawing_changes_nothing(tmp_path: Path) -> None:
     loop.train(dataclasses.replace(TINY, sample=1024), data.open_dataset("digits"), tmp_path / "with")
     loop.train(TINY, data.open_dataset("digits"), tmp_path / "without")
