@@ -37,7 +37,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("adam_step.cuh", "weight < 0.5f ? ema", "true ? ema"),
     ("adam_step.cuh", "task.row_dots[task.rows] = gain;", "task.row_dots[task.rows] = 0.0f;"),
     ("adam_step.cuh", "effective ? again : nonfinite", "nonfinite"),
-    ("adam_step.cuh", "item == task.first_item && threadIdx.x == 0", "threadIdx.x == 0 && row == 1"),
+    ("adam_step.cuh", "item == task.first_item && threadIdx.x == 0", "item > task.first_item && threadIdx.x == 0"),
     ("adam_step.cuh", "task.numel - at < task.row_size ? task.numel - at : task.row_size", "task.row_size"),
     ("adam_step.cuh", "int k = at_once; k < table.profiles", "int k = at_once + 1; k < table.profiles"),
     ("adam_step.cu", "pointers_ + count > AdamTable::kPointers", "pointers_ > AdamTable::kPointers"),

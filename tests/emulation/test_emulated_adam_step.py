@@ -138,8 +138,8 @@ def run(library: Library, state: State, effective: bool, force: bool, out_dtype:
 
 def expected(state: State, dtype: torch.dtype, effective: bool, force: bool, out_dtype: torch.dtype) -> list[Tensor]:
     """The same in plain torch of the given dtype."""
-    own = [{name: t.to(dtype) for name, t in tensors.items()} for tensors in state.tensors]
-    gains = [None if gain is None else {name: t.to(dtype) for name, t in gain.items()} for gain in state.gains]
+    own = [{name: t.to(dtype, copy=True) for name, t in tensors.items()} for tensors in state.tensors]
+    gains = [None if g is None else {name: t.to(dtype, copy=True) for name, t in g.items()} for g in state.gains]
     every = own + [gain for gain in gains if gain is not None]
     place = {id(tensors): i for i, tensors in enumerate(every)}
     counts = torch.zeros(len(every), dtype=torch.int64)
