@@ -41,9 +41,11 @@ def least_bytes(problem: Problem) -> int:
     pixels = problem.batch * problem.height * problem.width
     weight = products(problem) // pixels
     images = problem.channels + problem.out
-    if problem.follows:
-        images += problem.out * ((problem.follows == "sum") + problem.keep)
-    return 2 * pixels * images + weight * (4 if problem.direction == 2 else 2)
+    if problem.follows == "sum":
+        images += problem.out * (17 / 16 if problem.keep else 1)  # the mask: a bit an element
+    elif problem.follows:
+        images += problem.out * problem.keep
+    return round(2 * pixels * images) + weight * (4 if problem.direction == 2 else 2)
 
 
 def rates(dtype: torch.dtype, flush: Tensor) -> tuple[float, float]:

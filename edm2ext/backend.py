@@ -148,6 +148,8 @@ def reference_vjp(
 ) -> tuple[Tensor | None, ...]:
     """The vector-Jacobian product of function at inputs, as a differentiable function of inputs and grads."""
     wanted = [x for x, needed in zip(inputs, needs_grad, strict=True) if needed]
+    if not wanted:
+        return (None,) * len(inputs)
     with torch.enable_grad():
         outputs = function(*inputs)
     create_graph = torch.is_grad_enabled()

@@ -41,6 +41,7 @@ _MOST_PLANS = 64
 _AGAIN = 3  # the fastest are timed twice
 _FLUSH_BYTES = 2**28  # more than any second-level cache
 _REPEATS = 15
+_CLIP = 256.0  # a sum's, or its mask's
 _DIFFERENCE = 0.02  # of the largest value: far above rounding in 16 bits, far below a wrong index
 _KEY = re.compile(
     r"(forward|grad x|grad w) (\d+)x(\d+)x(\d+) (\d+)->(\d+) (\d+)x(\d+) (float16|bfloat16)( silu| sum| qkv)?( keep)?"
@@ -322,7 +323,7 @@ def work_of(problem: Problem, device: str) -> Callable[[], Result]:
         other = make(problem.batch, problem.out, 1, 1).flatten(1)
     elif problem.follows == "sum":
         other = make(problem.batch, problem.out, *image)
-    return lambda: convolve_forward(x, w, other, problem.follows, 0.3, math.inf, problem.keep)[0]
+    return lambda: convolve_forward(x, w, other, problem.follows, 0.3, _CLIP, problem.keep)[0]
 
 
 # ---- the command ----

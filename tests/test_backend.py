@@ -39,6 +39,7 @@ def _everything(dtype: torch.dtype) -> None:
         ops.mp_silu(x),
         ops.mp_silu_modulated(x, c),
         ops.mp_silu_modulated(x, c, 0.5, torch.arange(2)),
+        ops.mp_sum(x, x),
         ops.mp_sum(x, x, clip=1.0),
         ops.mp_cat(x, x),
         *ops.mp_cat(x, x, silu=True),

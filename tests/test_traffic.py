@@ -247,6 +247,20 @@ def test_convolutions_read_and_write_once():
     assert row == Traffic(2, size_x + size_y + parts, parts + 2 * size_w, workspace=parts)
 
 
+@needs_convolutions
+def test_sums_after_convolutions_write_a_bit_an_element_more():
+    x = meta(8, 16, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w, skip = meta(24, 16, 3, 3).requires_grad_(), meta(8, 24, 64, 64)
+    skip = skip.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with edm2ext.set_backend("native"), counting() as counter:
+        outputs = ops.mp_conv2d(x, w, prepared=True, then=ops.SumWith(skip, clip=256.0, twice=True))
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    size_x, size_y, size_w, mask = 2 * x.numel(), 2 * skip.numel(), 2 * w.numel(), skip.numel() // 8
+    row = counter.rows[Key("forward", "product", "mp_conv2d_sum")]
+    assert row == Traffic(1, size_x + size_w + size_y, size_y + mask)
+    assert counter.rows[Key("backward", "native", "mp_sum_backward")] == Traffic(1, 2 * size_y + mask, 2 * size_y)
+
+
 # ---- a step ----
 
 

@@ -238,10 +238,11 @@ def plans_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return reference.mp_silu_modulated(y, c), y if keep else y.new_empty(0)
 
     def summed(
-        x: Tensor, w: Tensor, skip: Tensor, t: float, clip: float, keep: bool, plan: list[int]
+        x: Tensor, w: Tensor, skip: Tensor, t: float, clip: float, mask: bool, plan: list[int]
     ) -> tuple[Tensor, Tensor]:
         y = forward(x, w, None, plan)
-        return reference.mp_sum(skip, y, t, clip), y if keep else y.new_empty(0)
+        clipped, bits = torch.ops.edm2.mp_sum_clipped(skip, y, t, clip)
+        return clipped, bits if mask else bits.new_empty(0)
 
     def heads(x: Tensor, w: Tensor, eps: float, keep: bool) -> tuple[Tensor, ...]:
         y = forward(x, w, None, [])

@@ -93,6 +93,7 @@ cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
                  static_cast<float>(params.weight_skip),
                  static_cast<float>(params.weight_y),
                  static_cast<float>(params.clip),
+                 params.mask,
                  sizes_of({1, 1, shape.height * shape.width, 0, 0, 0, 0}).by_width,
                  {static_cast<T*>(params.qkv[0]), static_cast<T*>(params.qkv[1]), static_cast<T*>(params.qkv[2])},
                  static_cast<float>(params.eps)};
@@ -101,9 +102,10 @@ cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
   const int64_t w_bytes = shape.in * shape.out * shape.taps() * 2;
   const int64_t extra = (params.gain != nullptr ? 4 : 0) + (params.c != nullptr ? shape.batch * shape.out * 2 : 0) +
                         (params.skip != nullptr ? y_bytes : 0);
+  const int64_t mask_bytes = params.mask != nullptr ? shape.pixels() * shape.out / kMaskedTogether : 0;
   const int outputs = (params.y != nullptr ? 1 : 0) + (params.out != nullptr || heads ? 1 : 0);
   return run<ConvDirection::kForward>(shape, params.plan, params.workspace, args, stream,
-                                      {x_bytes + w_bytes + extra, outputs * y_bytes});
+                                      {x_bytes + w_bytes + extra, outputs * y_bytes + mask_bytes});
 }
 
 template <typename T>

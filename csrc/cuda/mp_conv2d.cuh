@@ -6,6 +6,7 @@
 #include "device.cuh"
 #include "edm2/mp_conv2d_index.h"
 #include "edm2/mp_conv2d_plan.h"
+#include "mp_sum.cuh"
 #include "pixel_norm.cuh"
 #include "tensor_core.cuh"
 
@@ -67,6 +68,7 @@ struct ConvOutput {
   float weight_skip;
   float weight_y;
   float clip;
+  uint8_t* mask;          // of the sum, a byte for eight channels; may be null
   FastDivisor by_pixels;  // of an image
   T* qkv[3];
   float eps;
@@ -480,6 +482,8 @@ __device__ void store_sums(const ConvArguments<T>& args, int row, int column, Fl
     } else if (output.epilogue == ConvEpilogue::kSum) {
       const auto sum = load<kConvPack>(output.skip + at) * output.weight_skip + rounded<T>(sums) * output.weight_y;
       store(output.out + at, map([&](float v) { return math::clamp(v, output.clip); }, sum));
+      static_assert(kConvPack == kMaskedTogether);
+      if (output.mask != nullptr) output.mask[at / kConvPack] = static_cast<uint8_t>(within_bounds(sum, output.clip));
     }
   }
 }

@@ -43,6 +43,15 @@ __device__ void for_each_in_group(int64_t group, int64_t numel, bool aligned, Bo
   }
 }
 
+/// The bits of N neighbouring sums, the first in the lowest.
+template <int N>
+__device__ unsigned within_bounds(const Floats<N>& sums, float clip) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) bits |= (sums.v[i] >= -clip && sums.v[i] <= clip ? 1u : 0u) << i;
+  return bits;
+}
+
 /// The clamped sum with its mask. aligned: all tensors start at a 16-byte boundary.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -54,9 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     for_each_in_group<T>(group, numel, aligned, [&](auto width, int64_t at, int bit) {
       const auto sum = load<width>(a + at) * weight_a + load<width>(b + at) * weight_b;
       store(y + at, map([clip](float v) { return math::clamp(v, clip); }, sum));
-#pragma unroll
-      for (int i = 0; i < decltype(width)::value; ++i)
-        bits |= (sum.v[i] >= -clip && sum.v[i] <= clip ? 1u : 0u) << (bit + i);
+      bits |= within_bounds(sum, clip) << bit;
     });
     mask[group] = static_cast<uint8_t>(bits);
   });

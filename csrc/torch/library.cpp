@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("mp_conv2d_backward_weight(Tensor grad, Tensor x, int kernel_height, int kernel_width, int[] plan) -> Tensor");
   m.def("mp_conv2d_silu_modulated(Tensor x, Tensor w, Tensor c, bool keep, int[] plan) -> (Tensor, Tensor)");
   m.def(
-      "mp_conv2d_sum(Tensor x, Tensor w, Tensor skip, float t, float clip, bool keep, int[] plan) -> (Tensor, Tensor)");
+      "mp_conv2d_sum(Tensor x, Tensor w, Tensor skip, float t, float clip, bool mask, int[] plan) -> (Tensor, Tensor)");
   m.def("mp_conv2d_qkv_norm(Tensor x, Tensor w, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // cosine_attention

@@ -145,12 +145,12 @@ std::tuple<Tensor, Tensor> mp_conv2d_silu_modulated(const Tensor& x_, const Tens
   return {*out, *y};
 }
 
-/// mp_sum(skip, y, t), clamped, and y where it is to be kept.
+/// mp_sum(skip, y, t), clamped, and its mask where that is wanted.
 std::tuple<Tensor, Tensor> mp_conv2d_sum(const Tensor& x_, const Tensor& w, const Tensor& skip_, double t, double clip,
-                                         bool keep, const Plan& plan) {
+                                         bool masked, const Plan& plan) {
   const char* op = "mp_conv2d_sum";
   std::optional<View> skip;
-  std::optional<Tensor> y;
+  std::optional<Tensor> mask;
   std::optional<Tensor> out;
   convolve(x_, w, plan, op, [&](const View& x, MPConv2dParams& params) {
     skip = operand(skip_, x, op, "skip");
@@ -163,11 +163,13 @@ std::tuple<Tensor, Tensor> mp_conv2d_sum(const Tensor& x_, const Tensor& w, cons
     params.epilogue = ConvEpilogue::kSum;
     params.skip = skip->data();
     params.clip = clip;
-    y = kept(x, keep, params);
+    const int64_t none = 0;
+    mask = masked ? empty_mask(*skip) : empty(x, &none, 1, Format::kContiguous, ScalarType::Byte);
+    params.mask = masked ? static_cast<uint8_t*>(address(*mask)) : nullptr;
     out = empty_image(x, params.shape.out);
     params.out = address(*out);
   });
-  return {*out, *y};
+  return {*out, *mask};
 }
 
 /// q, k and v as qkv_norm makes them of the convolution, which comes last where it is to be kept.

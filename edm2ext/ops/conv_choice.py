@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     kernel_width: int
     dtype: torch.dtype
     follows: str = ""  # of FOLLOWING: what a forward pass does with the result
-    keep: bool = False  # and whether it keeps the convolution too
+    keep: bool = False  # and whether it keeps what the backward pass reads: the convolution, or a clipped sum's mask
 
     @property
     def is_whole(self) -> bool:

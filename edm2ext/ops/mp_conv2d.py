@@ -12,7 +12,7 @@ from edm2ext.ops import conv_choice, conv_weight_grad
 from edm2ext.ops.conv_choice import LIBRARYS_OWN, Problem
 from edm2ext.ops.cosine_attention import attend, cosine_attention
 from edm2ext.ops.mp_silu import mp_silu_modulated
-from edm2ext.ops.mp_sum import mp_sum
+from edm2ext.ops.mp_sum import MASKED_TOGETHER, gradients_of_sum, mp_sum
 from edm2ext.ops.normalize_weight import unchecked_effective_weight
 from edm2ext.ops.prepared_weight import Gradients, prepared_weight, raw_gradients
 from edm2ext.reference import memory_format, product_dtype
@@ -26,7 +26,7 @@ _mp_conv2d_qkv_norm = backend.op("mp_conv2d_qkv_norm")
 _mp_silu_modulated = backend.op("mp_silu_modulated")
 _mp_silu_modulated_backward = backend.op("mp_silu_modulated_backward")
 _mp_sum = backend.op("mp_sum")
-_mp_sum_backward = backend.op("mp_sum_backward")
+_mp_sum_clipped = backend.op("mp_sum_clipped")
 _qkv_norm = backend.op("qkv_norm")
 _qkv_norm_backward = backend.op("qkv_norm_backward")
 _TENSOR_CORES = backend.kernels(
@@ -39,6 +39,7 @@ _TENSOR_CORES = backend.kernels(
     "mp_silu_modulated",
     "mp_silu_modulated_backward",
     "mp_sum",
+    "mp_sum_clipped",
     "mp_sum_backward",
     "qkv_norm",
     "qkv_norm_backward",
@@ -224,13 +225,12 @@ def convolve(
     if isinstance(then, ModulatedSiLU):
         other = then.c.to(x.dtype)
     elif isinstance(then, SumWith):
-        other, t, clip, twice = then.skip, then.t, math.inf if then.clip is None else then.clip, then.twice
+        other = then.skip.contiguous(memory_format=torch.channels_last)  # as our kernels read it, and write a mask
+        t, clip, twice = then.t, math.inf if then.clip is None else then.clip, then.twice
     fused = _FUSIONS[type(then)]
     differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in (x, w, gain, other))
     if differentiable and torch.is_grad_enabled():
-        if clip < math.inf:  # mp_sum's mask of a bit an element moves less than a kept y, written here and read later
-            return then(convolve(x, w, kernel, gain, gradients))
-        result = _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, twice)
+        result = _Convolution.apply(x, w, gain, other, kernel, gradients, fused, t, clip, twice)
         return attend(*result, x) if fused == "qkv" else result
     result = convolve_forward(x, kernel, other, fused, t, clip, keep=False)[0]
     if fused == "qkv":
@@ -251,7 +251,8 @@ def _problem(direction: int, image: Tensor, w: Tensor, follows: str = "", keep: 
 def convolve_forward(
     x: Tensor, kernel: Tensor, other: Tensor | None, fused: str, t: float, clip: float, keep: bool
 ) -> tuple[Tensor | tuple[Tensor, Tensor, Tensor], Tensor]:
-    """The result (of "qkv": q, k and v), and the convolution where it is kept or the same.
+    """The result (of "qkv": q, k and v), and if asked to keep it what the backward pass reads besides the inputs: the
+    convolution, or the mask of a clipped sum.
 
     What follows is fused into our kernels, and done by its own kernel after torch's, after padded ones, and after those
     whose tiles cut through heads.
@@ -269,7 +270,7 @@ def convolve_forward(
     if fused == "silu":
         return _mp_silu_modulated(y, other), y
     if fused == "sum":
-        return _mp_sum(other, y, t, clip), y
+        return _mp_sum_clipped(other, y, t, clip) if keep else (_mp_sum(other, y, t, clip), y)
     if fused == "qkv":
         return _qkv_norm(y, y.shape[1] // (3 * _HEAD), reference.layer_eps()), y
     return y, y
@@ -339,30 +340,36 @@ class _Convolution(torch.autograd.Function):
         gradients: Gradients,
         fused: str,
         t: float,
+        clip: float,
         twice: bool,
     ) -> Tensor | tuple[Tensor, ...]:
-        keep = fused in ("silu", "qkv")
-        out, y = convolve_forward(x, kernel, other, fused, t, math.inf, keep)
-        ctx.save_for_backward(x, w, kernel, gain if isinstance(gain, Tensor) else None, other, y if keep else None)
+        keep = fused in ("silu", "qkv") or clip < math.inf
+        out, kept = convolve_forward(x, kernel, other, fused, t, clip, keep)
+        gain_tensor = gain if isinstance(gain, Tensor) else None
+        c = other if fused == "silu" else None
+        ctx.save_for_backward(x, w, kernel, gain_tensor, c, kept if keep else None)
         ctx.gain = None if isinstance(gain, Tensor) else float(gain)
         ctx.gradients, ctx.fused, ctx.t, ctx.twice = gradients, fused, t, twice
         return (out, out.view_as(out)) if twice else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, w, kernel, gain, other, y = ctx.saved_tensors
+        x, w, kernel, gain, c, kept = ctx.saved_tensors
         needs_x, needs_w, needs_gain = ctx.needs_input_grad[:3]
-        nothing = (None,) * 5
-        if backend.differentiating_backward():
-            return *_differentiable_backward(ctx, grads), *nothing
+        nothing = (None,) * 6
         grad = grads[0]
         grad_other = None
+        if ctx.fused == "sum":
+            more_grad = grads[1] if ctx.twice else None
+            grad_other, grad = gradients_of_sum(grad, more_grad, kept, ctx.t, torch.channels_last)
+            grads = (grad,)
+        if backend.differentiating_backward():
+            *found, grad_c = _differentiable_backward(ctx, grads)
+            return *found, grad_other if grad_c is None else grad_c, *nothing
         if ctx.fused == "silu":
-            grad, grad_other = _mp_silu_modulated_backward(grad, y, other)
-        elif ctx.fused == "sum":
-            grad_other, grad = _mp_sum_backward(grad, grads[1] if ctx.twice else None, None, ctx.t, True)
+            grad, grad_other = _mp_silu_modulated_backward(grad, kept, c)
         elif ctx.fused == "qkv":
-            grad = _qkv_norm_backward(*grads, y, grad.shape[1], reference.layer_eps())
+            grad = _qkv_norm_backward(*grads, kept, grad.shape[1], reference.layer_eps())
         grad_x = gradient_of_input(grad, kernel, x) if needs_x else None
         if not needs_w and not needs_gain:
             return grad_x, None, None, grad_other, *nothing
@@ -375,8 +382,9 @@ class _Convolution(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of x, w, the gain and c or skip as functions of these and of grads, in plain torch."""
-    x, w, kernel, gain, other, _ = ctx.saved_tensors
+    """The gradients of x, w, the gain and c as functions of these and of grads, in plain torch; grads: of what follows,
+    of a sum's y."""
+    x, w, kernel, gain, c, _ = ctx.saved_tensors
     padding = kernel.shape[2] // 2, kernel.shape[3] // 2
     of_gain = ctx.gradients == "raw" and gain is not None
 
@@ -388,16 +396,13 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
         y = F.conv2d(x, weight, padding=padding)
         if ctx.fused == "silu":
             return reference.mp_silu_modulated(y, rest[-1])
-        if ctx.fused == "sum":
-            y = reference.mp_sum(rest[-1], y, ctx.t)
-            return (y, y) if ctx.twice else y
         return reference.qkv_norm(y, grads[0].shape[1]) if ctx.fused == "qkv" else y
 
-    inputs = [x, w, *([gain] if of_gain else []), *([] if other is None else [other])]
-    needs_x, needs_w, needs_gain, needs_other = ctx.needs_input_grad[:4]
-    needed = (needs_x, needs_w, *([needs_gain] if of_gain else []), *([] if other is None else [needs_other]))
+    inputs = [x, w, *([gain] if of_gain else []), *([] if c is None else [c])]
+    needs_x, needs_w, needs_gain, needs_c = ctx.needs_input_grad[:4]
+    needed = (needs_x, needs_w, *([needs_gain] if of_gain else []), *([] if c is None else [needs_c]))
     found = backend.reference_vjp(function, tuple(inputs), needed, grads)
-    return found[0], found[1], found[2] if of_gain else None, None if other is None else found[-1]
+    return found[0], found[1], found[2] if of_gain else None, None if c is None else found[-1]
 
 
 def _image(like: Tensor, channels: int) -> Tensor:
@@ -437,10 +442,11 @@ def fake_silu_modulated(x: Tensor, w: Tensor, c: Tensor, keep: bool, plan: list[
 
 @backend.fake("mp_conv2d_sum")
 def fake_sum(
-    x: Tensor, w: Tensor, skip: Tensor, t: float, clip: float, keep: bool, plan: list[int]
+    x: Tensor, w: Tensor, skip: Tensor, t: float, clip: float, mask: bool, plan: list[int]
 ) -> tuple[Tensor, Tensor]:
     torch._check(skip.dim() == 4 and skip.shape[1] == w.shape[0])
-    return _image(x, w.shape[0]), _nothing_or(keep, x, w.shape[0])
+    bytes_of_mask = skip.numel() // MASKED_TOGETHER if mask else 0
+    return _image(x, w.shape[0]), x.new_empty([bytes_of_mask], dtype=torch.uint8)
 
 
 @backend.fake("mp_conv2d_qkv_norm")

@@ -13,7 +13,7 @@ _mp_sum = backend.op("mp_sum")
 _mp_sum_clipped = backend.op("mp_sum_clipped")
 _mp_sum_backward = backend.op("mp_sum_backward")
 _KERNELS = backend.kernels("mp_sum", "mp_sum_clipped", "mp_sum_backward")
-_MASKED_TOGETHER = 8  # elements to a byte of the mask, the first in its lowest bit
+MASKED_TOGETHER = 8  # elements to a byte of the mask, the first in its lowest bit
 
 
 def mp_sum(
@@ -49,21 +49,27 @@ class _MPSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, more_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        nothing = (None,) * 3
-        if not backend.differentiating_backward():
-            channels_last = ctx.memory_format != torch.contiguous_format
-            return *_mp_sum_backward(grad, more_grad, mask, ctx.t, channels_last), *nothing
-        if more_grad is not None:
-            grad = grad + more_grad
-        if mask is not None:
-            grad = torch.where(_unpacked(mask, grad, ctx.memory_format), grad, 0)
-        norm = math.hypot(1 - ctx.t, ctx.t)
-        return grad * ((1 - ctx.t) / norm), grad * (ctx.t / norm), *nothing
+        return *gradients_of_sum(grad, more_grad, mask, ctx.t, ctx.memory_format), None, None, None
+
+
+def gradients_of_sum(
+    grad: Tensor, more_grad: Tensor | None, mask: Tensor | None, t: float, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """Those of a and b from that of the sum, or from those of its two users, with the mask of a clipped sum, which is
+    in that memory format. Differentiable where backward itself is being differentiated."""
+    if not backend.differentiating_backward():
+        return _mp_sum_backward(grad, more_grad, mask, t, memory_format != torch.contiguous_format)
+    if more_grad is not None:
+        grad = grad + more_grad
+    if mask is not None:
+        grad = torch.where(_unpacked(mask, grad, memory_format), grad, 0)
+    norm = math.hypot(1 - t, t)
+    return grad * ((1 - t) / norm), grad * (t / norm)
 
 
 def _unpacked(mask: Tensor, like: Tensor, memory_format: torch.memory_format) -> Tensor:
     """The mask as a bool for every element of a tensor of like's shape and that memory format."""
-    bits = mask[:, None] >> torch.arange(_MASKED_TOGETHER, device=mask.device) & 1
+    bits = mask[:, None] >> torch.arange(MASKED_TOGETHER, device=mask.device) & 1
     strides = torch.empty(like.shape, device="meta", memory_format=memory_format).stride()
     return bits.flatten().bool().as_strided(like.shape, strides)
 
@@ -77,7 +83,7 @@ def _(a: Tensor, b: Tensor, t: float, clip: float) -> Tensor:
 @backend.fake("mp_sum_clipped")
 def _(a: Tensor, b: Tensor, t: float, clip: float) -> tuple[Tensor, Tensor]:
     torch._check(a.shape == b.shape)
-    bytes_of_mask = (a.numel() + _MASKED_TOGETHER - 1) // _MASKED_TOGETHER
+    bytes_of_mask = (a.numel() + MASKED_TOGETHER - 1) // MASKED_TOGETHER
     return empty_output(a), a.new_empty([bytes_of_mask], dtype=torch.uint8)
 
 

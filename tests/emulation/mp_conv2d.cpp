@@ -18,10 +18,11 @@ extern "C" {
 
 int mp_conv2d(const void* x, const void* w, void* y, const int64_t* sizes, int dtype, int64_t tile, int64_t splits,
               float* workspace, int64_t epilogue, void* out, const float* gain, const void* c, const void* skip,
-              double weight_skip, double weight_y, double clip) {
-  return cuda::launch_mp_conv2d({x, w, y, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace,
-                                 static_cast<ConvEpilogue>(epilogue), out, gain, c, skip, weight_skip, weight_y, clip},
-                                nullptr);
+              double weight_skip, double weight_y, double clip, uint8_t* mask) {
+  return cuda::launch_mp_conv2d(
+      {x, w, y, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace,
+       static_cast<ConvEpilogue>(epilogue), out, gain, c, skip, weight_skip, weight_y, clip, mask},
+      nullptr);
 }
 
 /// The same with q, k and v for an output.

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -60,11 +61,15 @@ def test_fused_convolutions(ops: SimpleNamespace, keep: bool):
     c = torch.randn(8, 2).to(x.dtype).t()
     y = ops.mp_conv2d(x, w, None, [])
     silu = ops.mp_silu_modulated(y, c)
-    summed = ops.mp_sum(to_channels_last(skip), y, 0.3, 1.0)
-    fused = [ops.mp_conv2d_silu_modulated(x, w, c, keep, []), ops.mp_conv2d_sum(x, w, skip, 0.3, 1.0, keep, [])]
-    for (out, kept), separate in zip(fused, (silu, summed), strict=True):
-        assert torch.equal(out, separate)
-        assert torch.equal(kept, y) if keep else kept.shape == (0,)
+    summed, mask = ops.mp_sum_clipped(to_channels_last(skip), y, 0.3, 1.0)
+    for plan in ([], [3, 2]):
+        fused = [ops.mp_conv2d_silu_modulated(x, w, c, keep, plan), ops.mp_conv2d_sum(x, w, skip, 0.3, 1.0, keep, plan)]
+        for (out, kept), separate, besides in zip(fused, (silu, summed), (y, mask), strict=True):
+            assert torch.equal(out, separate)
+            assert torch.equal(kept, besides) if keep else kept.shape == (0,)
+            assert kept.dtype == besides.dtype
+    assert mask.any()
+    assert (mask != 255).any()
 
 
 @pytest.fixture
@@ -73,8 +78,10 @@ def convolve(ops: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[
     module = importlib.import_module("edm2ext.ops.mp_conv2d")
     for name in ("", "_backward_input", "_backward_weight", "_silu_modulated", "_sum", "_qkv_norm"):
         monkeypatch.setattr(module, f"_mp_conv2d{name}", getattr(ops, f"mp_conv2d{name}"))
-    for name in ("mp_silu_modulated_backward", "mp_sum_backward", "qkv_norm", "qkv_norm_backward"):
+    for name in ("mp_silu_modulated_backward", "qkv_norm", "qkv_norm_backward"):
         monkeypatch.setattr(module, f"_{name}", getattr(ops, name))
+    sums = importlib.import_module("edm2ext.ops.mp_sum")
+    monkeypatch.setattr(sums, "_mp_sum_backward", ops.mp_sum_backward)
     return module.convolve
 
 
@@ -137,6 +144,53 @@ def test_gradients_through_what_follows(convolve: Callable[..., Tensor], then: s
     again = torch.autograd.grad(fused, leaves, g, create_graph=True)  # in plain torch
     for grad, truth in zip(again, truths, strict=True):
         assert (grad.double() - truth.double()).norm() < 0.02 * truth.double().norm()
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("plan", [[], [3, 2], None], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_two_users_of_a_sum(
+    convolve: Callable[..., Tensor], ops: SimpleNamespace, layout: str, plan: conv_choice.Choice, clip: float | None
+):
+    """The gradients are those of separate ops, bit for bit, whatever computes the convolution, however skip lies."""
+    x, kernel, g = conv_operands()
+    skip = emulated.random_tensor(2, 8, 5, 6, dtype=x.dtype, seed=7)
+    skip = to_channels_last(skip) if layout == "channels_last" else skip
+    leaves = [t.detach().requires_grad_() for t in (x, kernel.float(), skip)]
+    problem = conv_choice.Problem(0, 2, 5, 6, 16, 8, 3, 3, x.dtype, "sum", clip is not None)
+    with conv_choice.trying(problem, plan):
+        fused = convolve(*leaves[:2], kernel, 1.0, "effective", SumWith(leaves[2], 0.3, clip, twice=True))
+    with conv_choice.trying(problem._replace(follows="", keep=False), plan):
+        y = convolve(x, kernel, kernel, 1.0, "effective")
+    limit = math.inf if clip is None else clip
+    separate, mask = ops.mp_sum_clipped(to_channels_last(skip), y, 0.3, limit)
+    assert all(torch.equal(result, separate) for result in fused)
+    grads = g, g.flip(0)
+    got = torch.autograd.grad(fused, leaves, grads, retain_graph=True)
+    grad_skip, grad_y = ops.mp_sum_backward(*grads, mask, 0.3, True)
+    truths = (
+        ops.mp_conv2d_backward_input(grad_y, kernel, []),
+        ops.mp_conv2d_backward_weight(grad_y, x, 3, 3, []),
+        grad_skip,
+    )
+    again = torch.autograd.grad(fused, leaves, grads, create_graph=True)  # in plain torch
+    for grad, other, truth in zip(got, again, truths, strict=True):
+        assert torch.equal(grad, truth)
+        assert (other - truth).norm() < 0.02 * truth.norm()
+    of_skip = torch.autograd.grad(fused[0].float().square().sum(), leaves[2], create_graph=True)[0]  # alone
+    second = torch.autograd.grad(of_skip.float().sum(), leaves[2], allow_unused=True)[0]
+    assert second is not None
+
+
+def test_only_the_skip_branch_wants_a_gradient(convolve: Callable[..., Tensor]):
+    x, kernel, g = conv_operands()
+    skip = emulated.random_tensor(2, 8, 5, 6, dtype=x.dtype, seed=7).requires_grad_()
+    out = convolve(x, kernel, kernel, 1.0, "effective", SumWith(skip, 0.3, 1.0))
+    (grad,) = torch.autograd.grad(out, skip, g, retain_graph=True)
+    (again,) = torch.autograd.grad(out, skip, g, create_graph=True)
+    torch.testing.assert_close(grad, again)
+    weight = 0.7 / math.hypot(0.7, 0.3)
+    torch.testing.assert_close(grad, torch.where(out.abs() < 1, g * weight, 0))
 
 
 def attention_operands(channels: int = 384) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +313,7 @@ CONV_FAKES = {
     "mp_conv2d_backward_input": ("fake_backward_input", lambda x, w, g, c: (g, w, [])),
     "mp_conv2d_backward_weight": ("fake_backward_weight", lambda x, w, g, c: (g, x, 3, 3, [])),
     "mp_conv2d_silu_modulated": ("fake_silu_modulated", lambda x, w, g, c: (x, w, c, True, [])),
-    "mp_conv2d_sum": ("fake_sum", lambda x, w, g, c: (x, w, g, 0.3, 256.0, False, [])),
+    "mp_conv2d_sum": ("fake_sum", lambda x, w, g, c: (x, w, g, 0.3, 256.0, True, [])),
     "mp_conv2d_qkv_norm": ("fake_qkv_norm", lambda x, w, g, c: (x, w.tile(24, 1, 1, 1), 1e-4, True)),
 }
 

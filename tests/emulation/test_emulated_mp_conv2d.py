@@ -200,6 +200,7 @@ def test_no_two_rows_of_a_matrix_lie_in_the_same_banks(library: Library):
 # ---- epilogues ----
 
 NONE, GAIN, MODULATED_SILU, SUM = range(4)
+UNTOUCHED = 0b10100101
 
 
 class Epilogue(NamedTuple):
@@ -214,11 +215,12 @@ class Epilogue(NamedTuple):
 def finished(
     library: Library, case: Case, dtype: torch.dtype, plan: Plan, epilogue: Epilogue, keep: bool = True
 ) -> list[Tensor]:
-    """y, if it is kept, and out, if there is one; then c and skip."""
+    """y, if it is kept, out, if there is one, the bits of its mask, if it is a sum and y is not kept; c and skip."""
     x, w, skip = operands(case, dtype, whole=False)
     c = emulated.random_tensor(case.n, case.k, dtype=dtype, seed=5)
     shape = (case.n, case.k, case.h, case.w)
     y, out = (Guarded(math.prod(shape), dtype) for _ in range(2))
+    mask = torch.full([math.prod(shape) // 8 + 1], UNTOUCHED, dtype=torch.uint8)
     k = math.hypot(1 - epilogue.t, epilogue.t)
     inputs = [Guarded(memory(t), dtype) for t in (x, w, skip)]
     more = [
@@ -230,10 +232,13 @@ def finished(
     numbers = ((1 - epilogue.t) / k, epilogue.t / k, epilogue.clip)
     sizes = (case.sizes, dtype, *plan, workspace(case, FORWARD, plan).tensor)
     kept = y.tensor if keep else None
-    library.call("mp_conv2d", inputs[0].tensor, inputs[1].tensor, kept, *sizes, epilogue.kind, *more, *numbers)
+    masked = mask if epilogue.kind == SUM and not keep else None
+    library.call("mp_conv2d", inputs[0].tensor, inputs[1].tensor, kept, *sizes, epilogue.kind, *more, *numbers, masked)
     y.check_margins()
     out.check_margins()
-    return [image(y.tensor, shape), image(out.tensor, shape), c, skip]
+    assert mask[-1] == UNTOUCHED
+    bits = (mask[:-1, None] >> torch.arange(8) & 1).bool().flatten()
+    return [image(y.tensor, shape), image(out.tensor, shape), image(bits, shape), c, skip]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -251,16 +256,20 @@ def test_epilogues(library: Library, plan: Plan, dtype: torch.dtype):
     emulated.assert_as_accurate(scaled, low, exact, "gain")
     silu, clipped = Epilogue(MODULATED_SILU), Epilogue(SUM, t=0.3, clip=1.5)
     for epilogue in (silu, clipped, Epilogue(SUM, t=0.5)):
-        y, out, c, skip = run_one(epilogue)
+        y, out, _, c, skip = run_one(epilogue)
         assert torch.equal(y, plain_y)
         if epilogue == silu:
             function = lambda y: reference.mp_silu_modulated(y, c.to(y.dtype))  # noqa: B023, E731
         else:
             function = lambda y: reference.mp_sum(skip.to(y.dtype), y, t=epilogue.t, clip=epilogue.clip)  # noqa: B023, E731
         emulated.assert_as_accurate(out, function(y), function(y.double()), f"{epilogue}")
-        not_kept, same, *_ = run_one(epilogue, keep=False)
+        not_kept, same, mask, *_ = run_one(epilogue, keep=False)
         assert torch.equal(same, out)
         assert not_kept.isnan().all()
+        if epilogue != silu:
+            passes = reference.mp_sum(skip.double(), y.double(), t=epilogue.t).abs() <= epilogue.clip
+            assert torch.equal(mask, passes)
+            assert epilogue != clipped or 0 < (same.abs() == 1.5).logical_and(mask).sum() < (~mask).sum()
 
 
 QKV_PLAN = Plan(1)

@@ -108,8 +108,11 @@ def test_what_follows(dtype: torch.dtype):
     y = ops.mp_conv2d(x, w, prepared=True)
     silu = ops.mp_conv2d(x, w, prepared=True, then=ops.ModulatedSiLU(c))
     summed = ops.mp_conv2d(x, w, prepared=True, then=ops.SumWith(skip, 0.3, 1.5))
+    masked, mask = NATIVE.mp_conv2d_sum(x, w, skip, 0.3, 1.5, True, [])
     assert torch.equal(silu, ops.mp_silu_modulated(y, c))
     assert torch.equal(summed, ops.mp_sum(skip, y, 0.3, 1.5))
+    assert torch.equal(masked, summed)
+    assert torch.equal(mask, NATIVE.mp_sum_clipped(skip, y, 0.3, 1.5)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

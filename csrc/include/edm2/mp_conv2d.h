@@ -64,6 +64,7 @@ struct MPConv2dParams {
   double weight_skip = 0.0;     // (1 - t) / k
   double weight_y = 0.0;        // t / k
   double clip = 0.0;            // infinity: no clamping
+  uint8_t* mask = nullptr;      // of the sum (edm2/mp_sum.h); null: not wanted
   void* qkv[3] = {};            // q, k and v, each [batch, height, width, out / (3 kConvHead), kConvHead]
   double eps = 0.0;             // of their normalisation
 };
