@@ -84,8 +84,8 @@ def read_ahead(loader: torch.utils.data.DataLoader[Any]) -> Iterator[tuple[Tenso
         yield from stream
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: before it handed its batch over
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise UserError(f"a process that reads data is gone; was it killed for its memory? ({error})") from error
 

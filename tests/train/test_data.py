@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from python_train import UserError, data
-from python_train.data import IndexStream, LatentEncoder, PixelEncoder, batches, open_dataset, open_encoder
+from python_train.data import (
+    IndexStream,
+    LatentEncoder,
+    PixelEncoder,
+    batches,
+    open_dataset,
+    open_encoder,
+    stream,
+)
 from python_train.rng import epoch_order
 
 
@@ -361,3 +369,13 @@ def test_macos_leftovers_are_ignored(tmp_path: Path) -> None:
         archive.writestr("__MACOSX/a/0.png", b"junk")
         archive.writestr("a/._0.png", b"junk")
     assert open_dataset(tmp_path / "x.zip", cond=False).num_images == 1
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_reader_that_dies_with_its_batch_is_named(error: Exception) -> None:
+    class Loader:
+        def __iter__(self) -> None:
+            raise error
+
+    with pytest.raises(UserError, match="a process that reads data is gone"):
+        next(stream.read_ahead(Loader()))

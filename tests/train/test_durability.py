@@ -470,12 +470,14 @@ def handles(pid: int, number: int) -> bool:
 
 
 def test_early_handlers_are_not_those_of_child_processes() -> None:
-    code = (
-        "import os, signal; from python_train.signals import end_at_once; end_at_once(); pid = os.fork()\n"
-        "if pid == 0: signal.pause()\n"
-        "os.kill(pid, signal.SIGTERM); assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM"
+    code = (  # a signal that comes before Python's work after a fork is done is lost
+        "import os, signal, time; from python_train.signals import end_at_once; end_at_once()\n"
+        "begun, tell = os.pipe(); pid = os.fork()\n"
+        "if pid == 0: os.write(tell, b'.')\n"
+        "while pid == 0: time.sleep(0.01)\n"
+        "os.read(begun, 1); os.kill(pid, signal.SIGTERM); assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr == b""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stderr == b""
 
 
 def test_starting_imports_nothing_heavy_before_signals_are_handled() -> None:
