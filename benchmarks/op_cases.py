@@ -9,6 +9,7 @@ from torch import Tensor
 
 import edm2ext
 from edm2ext import ops
+from edm2ext.ops.accumulate_snapshots import sum_snapshots
 from edm2ext.optim import FusedAdam
 from edm2ext.phema import PowerEMA
 
@@ -150,6 +151,8 @@ def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
         yield Case(f"accumulate_snapshots {label}", forward(ops.accumulate_snapshots, inputs, coefs))
         compensated = partial(ops.accumulate_snapshots, compensated=True)
         yield Case(f"accumulate_snapshots, compensated {label}", forward(compensated, inputs, coefs))
+        out = torch.empty(6, 1 << 20, dtype=dtype)
+        yield Case(f"sum_snapshots {label}", forward(sum_snapshots, inputs, torch.from_numpy(coefs), out))
 
 
 def all_cases(weights: list[Tensor]) -> Iterator[Case]:

@@ -1,8 +1,8 @@
 """The same training run in each precision: ``python -m benchmarks.precision_curves DATA OUT.png [IMAGES] [CHANNELS]``.
 
-Draws loss curves of fp32, bf16, fp16 with a fixed and with a dynamic loss scale, all of one seed, and the range of fp32
-runs of other seeds, and prints a table. On a CPU, where the program takes fp32 for fp16, float16 is forced here, in
-plain torch.
+Draws loss curves of fp32, bf16, fp16 with fixed loss scales and with a dynamic one, all of one seed, and the range of
+fp32 runs of other seeds, and prints a table. On a CPU, where the program takes fp32 for fp16, float16 is forced here,
+in plain torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ RUNS = {
     "fp32": ("fp32", 1.0),
     "bf16": ("bf16", 1.0),
     "fp16": ("fp16", 1.0),
-    "fp16, loss scale 128": ("fp16", 128.0),
+    "fp16, loss scale 4": ("fp16", 4.0),
+    "fp16, loss scale 1/4": ("fp16", 0.25),
     "fp16, dynamic loss scale": ("fp16", "dynamic"),
 }
 OTHER_SEEDS = (1, 2)
@@ -88,7 +89,7 @@ def draw(out: Path, curves: dict[str, list[float]], seeds: list[list[float]], im
     at = [images * (point + 0.5) / POINTS / 1000 for point in range(POINTS)]
     band = [[fold(*values) for values in zip(curves["fp32"], *seeds, strict=True)] for fold in (min, max)]
     axes.fill_between(at, *band, color="#cbd5e0", label="fp32, three seeds")
-    for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":", (0, (1, 3))), strict=True):
+    for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":", (0, (3, 2)), (0, (1, 3))), strict=True):
         axes.plot(at, curve, linestyle=style, linewidth=1.2, label=name)
     lowest = min(value for curve in (*curves.values(), *seeds) for value in curve if math.isfinite(value))
     axes.set_ylim(top=max(curves["fp32"][1:]), bottom=lowest - 0.05 * abs(lowest))

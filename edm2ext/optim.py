@@ -20,7 +20,8 @@ class LossScale:
 
     Multiply the loss by `scale` (0-dim float32), and hand this object to `FusedAdam`, which divides the gradients by it
     and calls `update` after each step: the scale is multiplied by `backoff` when a gradient was not finite, and by
-    `growth` after `interval` good steps in a row, within [1, 2^24]. No step is skipped: bad values count as 0 (4.2).
+    `growth` after `interval` good steps in a row, within [2^-24, 2^24]. No step is skipped: bad values count as 0
+    (4.2).
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class LossScale:
         good = torch.where(bad, 0, self.good_steps + 1)
         grown = good >= self.interval
         factor = torch.where(bad, self.backoff, torch.where(grown, self.growth, 1.0))
-        self.scale.copy_((self.scale * factor).clamp(1.0, 2.0**24))
+        self.scale.copy_((self.scale * factor).clamp(2.0**-24, 2.0**24))
         self.good_steps.copy_(torch.where(grown, 0, good))
 
     def state_dict(self) -> dict[str, Tensor]:

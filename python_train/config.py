@@ -142,10 +142,8 @@ class TrainOptions:
             )
         if self.snapshot_storage not in STORAGES:
             raise UserError(f"snapshot_storage must be one of {', '.join(STORAGES)}, got {self.snapshot_storage!r}")
-        if self.loss_scaling != "dynamic" and not 1 <= self.loss_scaling <= 2**24:
-            raise UserError(f"loss_scaling must be 'dynamic' or between 1 and 2^24, got {self.loss_scaling}")
-        if self.loss_scaling == "dynamic" and self.parallel == "fsdp":
-            raise UserError("loss_scaling dynamic does not go with parallel fsdp: each process sees its own gradients")
+        if self.loss_scaling != "dynamic" and not 2**-24 <= self.loss_scaling <= 2**24:
+            raise UserError(f"loss_scaling must be 'dynamic' or between 2^-24 and 2^24, got {self.loss_scaling}")
         if self.reinit and self.init_from is None:
             raise UserError("reinit is about the layers that do not fit the snapshot of init_from, which is not given")
         if self.keep < 0:

@@ -113,7 +113,8 @@ also of the data: what was done up to there is saved.
               "fp16 means fp32 on a CPU; auto: fp16 on a GPU, bf16 on a CPU that multiplies it, else fp32. "
               "[fp16]")  # fmt: skip
 @click.option("--loss-scaling", type=_LossScaling(), help="Factor on the loss that keeps small gradients from "
-              "vanishing in fp16 and is divided out again; dynamic: as large as they allow. [1]")  # fmt: skip
+              "vanishing in fp16, or (below 1) large ones from overflowing, and is divided out again; dynamic: begins "
+              "at 1, is halved when any overflows and doubled after 2,000 steps without. [1]")  # fmt: skip
 @click.option("--force-normalize", type=click.Choice(FORCE_NORMALIZE), help="Force weights to unit magnitude "
               "before every forward pass, as published, or within the optimizer's step. [forward]")  # fmt: skip
 @click.option("--parallel", type=click.Choice(PARALLEL), help="Between processes: every one holds the whole network, "

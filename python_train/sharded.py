@@ -17,8 +17,18 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 from edm2ext.nn import MPConv
+from edm2ext.optim import LossScale
 from python_train.network import Block, Precond
 from python_train.world import World
+
+
+class SharedLossScale(LossScale):
+    """One for all processes, each of which sees the gradients of its own rows only."""
+
+    def update(self, bad: Tensor) -> None:
+        anywhere = bad.to(torch.int32)
+        torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+        super().update(anywhere > 0)
 
 
 class Shards:

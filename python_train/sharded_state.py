@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _CHECKSUMS = "checksums.json"
 _FACTS = "run.json"
 _LOSS = "loss_sum"
+_SCALE = "loss_scale."
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -39,6 +40,8 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
         "elapsed": torch.zeros((), dtype=torch.float64),
     }
     state |= {f"net.{name}": buffer for name, buffer in trainer.net.named_buffers()}
+    if trainer.options.loss_scaling == "dynamic":
+        state |= {_SCALE + name: tensor for name, tensor in trainer.loss_scale.state_dict().items()}
     for i, (name, param) in enumerate(zip(trainer.names, trainer.params, strict=True)):
         adam = trainer.optimizer.state[param]
         averages = {
@@ -126,8 +129,10 @@ def load(path: Path, trainer: Trainer) -> float:
 
     reader = TensorReader(path)
     state = _tensors(trainer)
-    if _LOSS not in reader.read_metadata().state_dict_metadata:  # of an earlier version
-        del state[_LOSS]
+    saved = reader.read_metadata().state_dict_metadata
+    for name in [name for name in state if name == _LOSS or name.startswith(_SCALE)]:
+        if name not in saved:  # of an earlier version, or of a run with another loss scale
+            del state[name]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in a run of one process
@@ -171,6 +176,7 @@ def take(state: dict[str, Any], trainer: Trainer) -> None:
         for into, whole in pairs:
             copy(into, whole)
     _set_counts(trainer, state["nonfinite"])
+    trainer.take_loss_scale(state)
     trainer.nimg = state["nimg"]
 
 

@@ -45,13 +45,20 @@ def learning_rate(nimg: int, batch: int, lr: float, decay: float, rampup: float)
     return lr
 
 
-def _loss_scale(options: TrainOptions, device: torch.device) -> LossScale | None:
-    """The factor on the loss, which the optimizer divides out; None for 1."""
-    if options.loss_scaling == "dynamic":
-        return LossScale(device=device)
+def _loss_scale(options: TrainOptions, device: torch.device, sharded: bool) -> LossScale | None:
+    """The factor on the loss, which the optimizer divides out; None for 1.
+
+    A dynamic one begins at 1, as published: the loss is a sum over pixels (4.1), so that gradients are large already.
+    """
     if options.loss_scaling == 1:
         return None
-    return LossScale(options.loss_scaling, growth=1, backoff=1, device=device)
+    if options.loss_scaling != "dynamic":
+        return LossScale(options.loss_scaling, growth=1, backoff=1, device=device)
+    if not sharded:
+        return LossScale(1, device=device)
+    from python_train.sharded import SharedLossScale
+
+    return SharedLossScale(1, device=device)
 
 
 class _Raw(torch.nn.Module):
@@ -113,7 +120,7 @@ class Trainer:
             if self.world.size > 1:
                 self.raw = self._replicated()
         self.ema = PowerEMA(self.params, options.sigma_rels)
-        self.loss_scale = _loss_scale(options, self.world.device)
+        self.loss_scale = _loss_scale(options, self.world.device, self.shards is not None)
         self.optimizer = self._optimizer()
         self.nimg = 0
         self.lr = 0.0
@@ -267,7 +274,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.nonfinite.copy_(state["nonfinite"])
-        if self.options.loss_scaling == "dynamic" and state.get("loss_scale"):  # format 1 has none
-            self.loss_scale.load_state_dict(state["loss_scale"])
+        self.take_loss_scale(state)
         self.refresh()
         self.nimg = state["nimg"]
+
+    def take_loss_scale(self, state: dict[str, Any]) -> None:
+        """That of a whole training state, where it is dynamic."""
+        if self.options.loss_scaling == "dynamic" and state.get("loss_scale"):  # format 1 has none
+            self.loss_scale.load_state_dict(state["loss_scale"])

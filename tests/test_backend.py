@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import edm2ext
 from edm2ext import _library, backend, ops, reference
+from edm2ext.ops.accumulate_snapshots import sum_snapshots
 from edm2ext.optim import FusedAdam
 
 
@@ -69,6 +70,7 @@ def _everything(dtype: torch.dtype) -> None:
     ops.ema_update_([[torch.zeros_like(w)]], [w], [0.5])
     if dtype != torch.float64:
         ops.accumulate_snapshots([w], [[1.0]])
+        sum_snapshots([w], torch.ones(1, 1, dtype=torch.float64), torch.empty(1, *w.shape).half())
 
 
 def _recorded(dtype: torch.dtype) -> set[str]:
@@ -93,7 +95,7 @@ def test_native_kernels_serve_every_function(monkeypatch: pytest.MonkeyPatch) ->
         with edm2ext.set_backend(choice):
             assert _recorded(torch.float32) == names
             assert _recorded(torch.bfloat16) == names - {"adam_step_"}
-            assert _recorded(torch.float64) == names - {"accumulate_snapshots_", "conv_weight_grad"}
+            assert _recorded(torch.float64) == names - {"accumulate_snapshots_", "sum_snapshots_", "conv_weight_grad"}
 
 
 def test_reference_never_calls_native_kernels() -> None:
@@ -102,7 +104,11 @@ def test_reference_never_calls_native_kernels() -> None:
 
 
 def test_fp16_on_the_cpu_goes_to_the_reference() -> None:
-    assert _recorded(torch.float16) == {"accumulate_snapshots_", "sampler_step"}  # whose state is fp32
+    assert _recorded(torch.float16) == {
+        "accumulate_snapshots_",
+        "sum_snapshots_",
+        "sampler_step",
+    }  # whose state is fp32
 
 
 def test_function_and_context_manager() -> None:

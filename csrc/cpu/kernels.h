@@ -49,7 +49,8 @@
   KERNEL(sampler_step, SamplerStepParams, "float32 float64 bfloat16")                                        \
   KERNEL(ema_update, EMAUpdateParams, "float32 float64 bfloat16")                                            \
   KERNEL(adam_step, AdamStepParams, "float32 float64")                                                       \
-  KERNEL(accumulate_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")
+  KERNEL(accumulate_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")                        \
+  KERNEL(sum_snapshots, AccumulateSnapshotsParams, "float16 bfloat16 float32")
 
 #define EDM2_DECLARE_KERNEL(name, Params, dtypes) void name(const Params& params, int64_t begin, int64_t end);
 

@@ -41,6 +41,17 @@ EDM2_FORMULA T narrow(Compute<T> v) {
     const uint32_t bits = static_cast<uint32_t>(math::to_bits(v));
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<BFloat16>(static_cast<uint16_t>(v == v ? rounded : 0x7FC0u));
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    // To nearest even, with float's adder for subnormals: 0.5f has their spacing. Beyond the largest: Inf; NaN stays
+    // one.
+    const uint32_t bits = static_cast<uint32_t>(math::to_bits(v)), magnitude = bits & 0x7FFFFFFFu;
+    const float shifted = math::from_bits(static_cast<int32_t>(magnitude)) + 0.5f;
+    const uint32_t subnormal = static_cast<uint32_t>(math::to_bits(shifted)) - 0x3F000000u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    const uint32_t half = magnitude >= 0x47800000u ? special : finite;
+    return static_cast<Float16>(static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u)));
   } else {
     return v;
   }

@@ -28,7 +28,7 @@ int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 template <bool kCompensated, class Table>
 cudaError_t accumulate(const AccumulateSnapshotsParams& params, const Part& part, cudaStream_t stream) {
   Table table;
-  table.out = params.out + part.first_output * params.row_stride;
+  table.out = static_cast<float*>(params.out) + part.first_output * params.row_stride;
   table.row_stride = params.row_stride;
   table.numel = params.numel;
   table.num_inputs = static_cast<int32_t>(part.num_inputs);
@@ -77,6 +77,7 @@ cudaError_t accumulate_all(const AccumulateSnapshotsParams& params, cudaStream_t
 }  // namespace
 
 int launch_accumulate_snapshots(const AccumulateSnapshotsParams& params, CUstream_st* stream) {
+  if (params.out_dtype != DType::kFloat32) return cudaErrorInvalidValue;
   for (int64_t n = 0; n < params.num_inputs; ++n) {
     if (params.inputs[n].dtype == DType::kFloat64) return cudaErrorInvalidValue;
   }

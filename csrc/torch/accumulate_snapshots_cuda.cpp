@@ -5,11 +5,13 @@
 namespace edm2::torch_ops {
 namespace {
 
+constexpr const char* kOp = "accumulate_snapshots_";
+
 void accumulate_snapshots_(const Tensor& out, const std::vector<Tensor>& inputs, const Tensor& coefs,
                            bool compensated) {
-  SnapshotSum sum(out, inputs, coefs, compensated);
-  for (const View& input : sum.inputs()) check_same_gpu(sum.out(), input, SnapshotSum::kOp, "inputs");
-  run_cuda(sum.out(), SnapshotSum::kOp,
+  SnapshotSum sum(kOp, out, inputs, coefs, compensated);
+  for (const View& input : sum.inputs()) check_same_gpu(sum.out(), input, kOp, "inputs");
+  run_cuda(sum.out(), kOp,
            [&](CUstream_st* stream) { return cuda::launch_accumulate_snapshots(sum.params(), stream); });
   sum.finish();
 }

@@ -108,6 +108,7 @@ STABLE_TORCH_LIBRARY(edm2, m) {
 
   // accumulate_snapshots
   m.def("accumulate_snapshots_(Tensor(a!) out, Tensor[] inputs, Tensor coefs, bool compensated) -> ()");
+  m.def("sum_snapshots_(Tensor(a!) out, Tensor[] inputs, Tensor coefs, bool compensated) -> ()");
 }
 
 /// CUDA toolkit the kernels were compiled with, as 1000 * major + 10 * minor; 0: no CUDA kernels. For ctypes: needs no

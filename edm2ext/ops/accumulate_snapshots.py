@@ -10,7 +10,9 @@ from torch.autograd.graph import increment_version
 from edm2ext import backend, checks, reference
 
 _accumulate_snapshots_ = backend.op("accumulate_snapshots_")
+_sum_snapshots_ = backend.op("sum_snapshots_")
 _KERNELS = backend.kernels("accumulate_snapshots_")
+_KERNELS_THAT_STORE = backend.kernels("sum_snapshots_")
 _BUFFER_BYTES = 64 << 20  # of pinned memory in each of the two buffers that inputs pass through
 
 
@@ -49,6 +51,27 @@ def _accumulate(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor, compensate
         increment_version(out)
     else:
         reference.accumulate_snapshots(inputs, coefs, out, compensated=compensated)
+
+
+def sum_snapshots(
+    inputs: Sequence[Tensor],
+    coefs: Tensor,
+    out: Tensor,
+    *,
+    compensated: bool = False,
+    device: "torch.device | str" = "cpu",
+) -> None:
+    """out[m] = sum over n of coefs[n, m] * inputs[n]: what `accumulate_snapshots` adds up, stored in `out`'s dtype,
+    float16 or float32.
+
+    inputs: N tensors [*]; coefs [N, M] in float64; out [M, *]; all on the CPU. device: where the sums are made.
+    """
+    if torch.device(device).type == "cpu" and backend.native(coefs, _KERNELS_THAT_STORE):  # float16 is but stored
+        _sum_snapshots_(out, inputs, coefs, compensated)
+        increment_version(out)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=device)
+    out.copy_(accumulate_snapshots(inputs, coefs, total, compensated=compensated))
 
 
 class _Buffer:
@@ -108,6 +131,7 @@ def _stream(inputs: Sequence[Tensor], coefs: Tensor, out: Tensor, compensated: b
         out.copy_(total)
 
 
+@backend.fake("sum_snapshots_")
 @backend.fake("accumulate_snapshots_")
 def _(out: Tensor, inputs: list[Tensor], coefs: Tensor, compensated: bool) -> None:
     torch._check(coefs.dim() == 2 and coefs.shape[0] == len(inputs) and coefs.shape[1] == out.shape[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edm2ext.phema.stored import layout_bytes
+from edm2ext.phema.stored import PAGE, layout_bytes
 from edm2ext.phema.stream import Combination
 
 _MOST_OPEN = 256
@@ -41,14 +41,15 @@ class OutputFiles:
     ) -> None:
         self.combination, self.paths, self.dtype, self.kind = combination, list(paths), dtype, kind
         self._layout = self._tensors()
-        self._heads = [layout_bytes(self._layout, entry) for entry in metadata]
+        first = next(iter(combination.offsets()), None)
+        self._heads = [layout_bytes(self._layout, entry, first) for entry in metadata]
         name = self._fingerprint()
         self._parts = [path.with_name(f".{path.name}.{name}.part") for path in self.paths]
         self._journal_path = self.paths[0].with_name(f".reconstruct.{name}.json")
         for folder in {path.parent for path in self.paths}:
             folder.mkdir(parents=True, exist_ok=True)
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666)
-        self._files: dict[int, int] = {}
+        self._files: dict[int, tuple[int, bool]] = {}
         self._synced = time.monotonic()
         self._noting: Future[None] | None = None
         self._noter = ThreadPoolExecutor(1, "sync")
@@ -62,7 +63,7 @@ class OutputFiles:
                 self._create()
             for i, part in enumerate(self._parts[:_MOST_OPEN]):
                 if part.exists():
-                    self._files[i] = os.open(part, os.O_WRONLY)
+                    self._files[i] = _open(part)
         except BaseException:
             self.close()
             raise
@@ -80,21 +81,37 @@ class OutputFiles:
         start = next(iter(self.combination.offsets()), None)
         return [_Sink(self, i, head[1][start] if start else 0) for i, head in enumerate(self._heads)]
 
-    def pwrite(self, i: int, content: memoryview, position: int) -> None:
-        descriptor = self._files.get(i)
-        opened = os.open(self._parts[i], os.O_WRONLY) if descriptor is None else None
+    def write(self, i: int, values: Tensor, position: int) -> None:
+        """Put a vector into file i; whole pages go to the disk from its own memory where the file system takes that."""
+        content, end = memoryview(values.view(torch.uint8).numpy()), position + values.nbytes
+        descriptor, direct = self._files.get(i, (None, False))
+        first, stop = position + -position % PAGE, end - end % PAGE
         try:
-            done = 0
-            target = opened if descriptor is None else descriptor
-            while done < len(content):
-                done += os.pwrite(target, content[done:], position + done)
-            # The disk begins at once, not when memory is full of what waits for it.
-            os.posix_fadvise(target, position, len(content), os.POSIX_FADV_DONTNEED)
+            if direct and first < stop and (values.data_ptr() + first - position) % PAGE == 0:
+                self._write(i, None, content[: first - position], position)
+                try:
+                    self._write(i, descriptor, content[first - position : stop - position], first)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self._write(i, None, content[first - position : stop - position], first)
+                self._write(i, None, content[stop - position :], stop)
+            else:
+                self._write(i, None if direct else descriptor, content, position)
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.paths[i]}: {error.strerror or error}") from error
+
+    def _write(self, i: int, descriptor: int | None, content: memoryview, position: int) -> None:
+        if len(content) == 0:
+            return
+        target = os.open(self._parts[i], os.O_WRONLY) if descriptor is None else descriptor
+        try:
+            done = 0
+            while done < len(content):
+                done += os.pwrite(target, content[done:], position + done)
         finally:
-            if opened is not None:
-                os.close(opened)
+            if descriptor is None:
+                os.close(target)
 
     def written(self, position: int) -> None:
         """Note, now and then, that all elements before `position` are written; another thread waits for the disk."""
@@ -123,7 +140,7 @@ class OutputFiles:
     def close(self) -> None:
         self._noter.shutdown()
         while self._files:
-            os.close(self._files.popitem()[1])
+            os.close(self._files.popitem()[1][0])
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1
@@ -203,6 +220,17 @@ class OutputFiles:
         self._synced = time.monotonic()
 
 
+def _open(path: Path) -> tuple[int, bool]:
+    """To write to: the descriptor, and whether it takes whole pages only, past the system's cache: outputs are many
+    times what memory holds, and are not read again."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, os.O_WRONLY), False
+
+
 def _sync(path: Path) -> None:
     """Wait until what is written of a file is on the disk."""
     descriptor = os.open(path, os.O_WRONLY)
@@ -238,5 +266,4 @@ class _Sink:
         self.files, self.index, self.start = files, index, start
 
     def write(self, first: int, values: Tensor) -> None:
-        content = memoryview(values.view(torch.uint8).numpy())
-        self.files.pwrite(self.index, content, self.start + first * values.element_size())
+        self.files.write(self.index, values, self.start + first * values.element_size())

@@ -32,6 +32,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
+PAGE = 4096  # bytes of the pieces that a disk may be given from the program's own memory
 _MOST_OPEN = 256  # files kept open between reads
 
 
@@ -256,9 +257,12 @@ def read_layout(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
 
 
 def layout_bytes(
-    tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str], paged: str | None = None
 ) -> tuple[bytes, dict[str, int], int]:
-    """The beginning of a safetensors file of these tensors: (bytes, where each tensor starts, size of the file)."""
+    """The beginning of a safetensors file of these tensors: (bytes, where each tensor starts, size of the file).
+
+    paged: the tensor that shall start at a multiple of `PAGE`, if the others leave that to the header's length.
+    """
     layout: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     ends, end = {}, 0
     for name, dtype, shape in tensors:
@@ -267,6 +271,8 @@ def layout_bytes(
         layout[name] = {"dtype": NAME_OF_DTYPE[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(layout).encode()
     text += b" " * (-len(text) % 8)
+    if paged is not None and ends[paged] % 8 == 0:
+        text += b" " * (-(8 + len(text) + ends[paged]) % PAGE)
     head = len(text).to_bytes(8, "little") + text
     return head, {name: len(head) + start for name, start in ends.items()}, len(head) + end
 

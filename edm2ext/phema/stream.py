@@ -1,9 +1,8 @@
 """Weighted sums of files of tensors in one pass over them: tile by tile, each input byte read once.
 
 A tile is a range of the parameters, seen as one long vector. While its sums are made, the next tile of all inputs is
-read and the one before is written, by other threads; the sums themselves are made by as many threads as torch has, each
-of a part of the tile, without waiting for each other. Memory is bounded whatever the numbers of inputs and outputs:
-tiles get smaller.
+read and those before are written, by other threads; the sums themselves are made by as many threads as torch has, each
+of a part of the tile. Memory is bounded whatever the numbers of inputs and outputs: tiles get smaller.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -22,13 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edm2ext import ops
-from edm2ext.phema.stored import OpenFiles, StoredAverage, StoredTensor
+from edm2ext.ops.accumulate_snapshots import sum_snapshots
+from edm2ext.phema.stored import PAGE, OpenFiles, StoredAverage, StoredTensor
 
-DEFAULT_MEMORY = 256 << 20
-_BLOCK = 8192  # elements whose sums a thread makes at a time: those of all outputs stay in a cache
-_TILE = 1 << 18  # elements of a tile at most: few enough that what is summed is still in the cache when it is written
-_AHEAD = 2  # tiles whose inputs, and whose outputs, are in memory at a time
+DEFAULT_MEMORY = 512 << 20
+_TILE = 1 << 20  # elements of a tile at most
+_AHEAD = 3  # tiles whose inputs, and whose outputs, are in memory at a time
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -156,22 +155,18 @@ def stream(
     with; written(n) is called when all elements before n have been written, from this thread.
     """
     device = torch.device(device)
-    block, tile = _sizes(combination, dtype, memory)
-    tiles = list(_tiles(combination.spans, tile, first))
+    tiles = list(_tiles(combination.spans, _tile_size(combination, dtype, memory), first))
     if not tiles:
         return
     tile = max(stop - start for _, start, stop in tiles)
     buffers = [_Buffers(combination, dtype, tile) for _ in tiles[:_AHEAD]]
     slots = len(buffers)
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    width = min(block, tile) if device.type == "cpu" else tile
-    totals = [torch.empty(combination.outputs, width, device=device) for _ in range(workers)]
     paths = [average.path for average in combination.inputs]
     with (
         OpenFiles(paths) as files,
         ThreadPoolExecutor(threads, "read") as readers,
         ThreadPoolExecutor(threads, "write") as writers,
-        _one_thread_each(workers) as summers,
+        _one_thread_each(torch.get_num_threads() if device.type == "cpu" else 1) as (summers, workers),
     ):
         reading: list[list[Future]] = [[] for _ in buffers]
         writing: list[tuple[int, list[Future]]] = [(first, []) for _ in buffers]
@@ -202,12 +197,8 @@ def stream(
             results = buffer.results(stop - start)
             inputs = buffer.inputs(span, stop - start)
             part = -(-(stop - start) // workers)
-            summing = [
-                summers.submit(_combine, combination, span, inputs, results, total, range(i * part, (i + 1) * part))
-                for i, total in enumerate(totals)
-            ]
-            for future in summing:
-                future.result()
+            parts = [slice(at, min(at + part, stop - start)) for at in range(0, stop - start, part)]
+            list(summers.map(partial(_combine, combination, span, inputs, results, device), parts))
             futures = [writers.submit(sink.write, start, row) for sink, row in zip(sinks, results, strict=True)]
             writing[k % slots] = stop, futures
         for k in range(len(tiles), len(tiles) + slots):
@@ -238,22 +229,25 @@ def _within(spans: Sequence[Span], start: int, size: int) -> Iterator[tuple[Span
 
 
 @contextlib.contextmanager
-def _one_thread_each(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch does not start more of them: those would wait for each other after every block."""
+def _one_thread_each(count: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """So many threads, in which torch does not start more of them: those would spin while they wait for each other."""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, "sum", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+            yield pool, count
     finally:
         torch.set_num_threads(before)
 
 
 class _Buffers:
-    """Room for a tile of all inputs, as they are stored, and of all outputs."""
+    """Room for a tile of all inputs, as they are stored, and of all outputs, from the beginning of a page."""
 
     def __init__(self, combination: Combination, dtype: torch.dtype, tile: int) -> None:
         self._inputs = [torch.empty(tile * width, dtype=torch.uint8) for width in _widths(combination)]
-        self._outputs = torch.empty(combination.outputs, tile, dtype=dtype)
+        size = combination.outputs * tile * dtype.itemsize
+        raw = torch.empty(size + PAGE, dtype=torch.uint8)
+        first = -raw.data_ptr() % PAGE
+        self._outputs = raw[first : first + size].view(dtype).view(combination.outputs, tile)
 
     def inputs(self, span: Span, size: int) -> list[Tensor]:
         pairs = zip(self._inputs, span.dtypes, strict=True)
@@ -270,19 +264,22 @@ def _widths(combination: Combination) -> list[int]:
     ]
 
 
-def _sizes(combination: Combination, dtype: torch.dtype, memory: int) -> tuple[int, int]:
-    """Elements of a block and of a tile, so that all buffers fit into so much memory."""
-    workers = torch.get_num_threads()
-    block = max(256, min(_BLOCK, memory // (16 * combination.outputs * workers)))
-    per_element = _AHEAD * (sum(_widths(combination)) + combination.outputs * dtype.itemsize)
-    tile = min(_TILE, (memory - 4 * block * combination.outputs * workers) // per_element)
-    return block, max(256, tile // block * block if tile > block else tile)
+def _tile_size(combination: Combination, dtype: torch.dtype, memory: int) -> int:
+    """Elements of a tile, so that all buffers fit into so much memory: inputs, outputs, and sums in float32 where they
+    are not made in place."""
+    per_element = _AHEAD * (sum(_widths(combination)) + combination.outputs * dtype.itemsize) + 4 * combination.outputs
+    tile = min(_TILE, memory // per_element)
+    return max(256, tile // PAGE * PAGE if tile > PAGE else tile)
 
 
 def _tiles(spans: Sequence[Span], size: int, first: int) -> Iterator[tuple[Span, int, int]]:
+    """Ranges of at most `size` elements, each within a span, that begin at multiples of it where a span does not."""
     for span in spans:
-        for start in range(max(first, span.starts[0]), span.stop, size):
-            yield span, start, min(start + size, span.stop)
+        start = max(first, span.starts[0])
+        while start < span.stop:
+            stop = min((start // size + 1) * size, span.stop)
+            yield span, start, stop
+            start = stop
 
 
 def _combine(
@@ -290,25 +287,16 @@ def _combine(
     span: Span,
     inputs: Sequence[Tensor],
     results: Tensor,
-    totals: Tensor,
-    part: range,
+    device: torch.device,
+    part: slice,
 ) -> None:
-    """results[m] = sum over n of coefs[n, m] inputs[n], for the elements of a part, as many at a time as totals
-    [outputs, block] has."""
+    """results[m] = sum over n of coefs[n, m] inputs[n], for a part of the elements; neighbours that use the same number
+    of inputs together."""
     coefs = combination.coefs[span.group]
-    columns: dict[int, list[int]] = {}
-    for m, count in enumerate(combination.used):
-        columns.setdefault(count, []).append(m)
     compensated = results.dtype == torch.float32 and torch.float32 in span.dtypes
-    end, block = min(part.stop, results.shape[1]), totals.shape[1]
-    for start in range(part.start, end, block):
-        stop = min(start + block, end)
-        for count, chosen in columns.items():
-            total = totals[: len(chosen), : stop - start].zero_()
-            pieces = [x[start:stop] for x in inputs[:count]]
-            ops.accumulate_snapshots(pieces, coefs[:count, chosen], total, compensated=compensated)
-            if len(chosen) == len(results):
-                results[:, start:stop].copy_(total)
-            else:
-                for row, m in zip(total, chosen, strict=True):
-                    results[m, start:stop].copy_(row)
+    m = 0
+    for count, same in itertools.groupby(combination.used):
+        rows = slice(m, m + len(list(same)))
+        pieces = [x[part] for x in inputs[:count]]
+        sum_snapshots(pieces, coefs[:count, rows], results[rows, part], compensated=compensated, device=device)
+        m = rows.stop

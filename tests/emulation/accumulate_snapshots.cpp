@@ -9,5 +9,6 @@ extern "C" int accumulate_snapshots(float* out, const void* const* inputs, const
   std::vector<edm2::SnapshotInput> list;
   for (int64_t n = 0; n < num_inputs; ++n) list.push_back({inputs[n], static_cast<edm2::DType>(dtypes[n])});
   return edm2::cuda::launch_accumulate_snapshots(
-      {out, list.data(), coefs, num_inputs, num_outputs, numel, row_stride, compensated}, nullptr);
+      {out, edm2::DType::kFloat32, list.data(), coefs, num_inputs, num_outputs, numel, row_stride, compensated},
+      nullptr);
 }

@@ -8,6 +8,7 @@ import torch
 from op_testing import assert_accurate
 
 from edm2ext import ops, reference, set_backend
+from edm2ext.ops.accumulate_snapshots import sum_snapshots
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -115,3 +116,45 @@ def test_bad_input(backend: str) -> None:
         ops.accumulate_snapshots([x], coefs, torch.zeros(1, 3, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"out must be \[1, 3\] on cpu, got \[2, 3\] on cpu"):
         ops.accumulate_snapshots([x], coefs, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 26), (9, 2), (4, 60)])
+@pytest.mark.parametrize("shape", [(1,), (700, 3), (0, 2)])
+def test_sums_that_are_stored(
+    shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype, compensated: bool
+) -> None:
+    """Rounded once to their type, whatever was there before, and nothing beside them is touched."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    snapshots = [torch.randn(shape).to(kinds[n % 3]) for n in range(inputs)]
+    coefs = torch.randn(inputs, outputs, dtype=torch.float64)
+    exact = torch.tensordot(coefs.T, torch.stack([x.double() for x in snapshots]), dims=1)
+    found = {}
+    for backend in ("native", "reference"):
+        room = torch.full((outputs, shape[0] + 5, *shape[1:]), torch.nan, dtype=dtype)
+        with set_backend(backend):
+            sum_snapshots(snapshots, coefs, room[:, : shape[0]], compensated=compensated)
+        assert room[:, shape[0] :].isnan().all()
+        found[backend] = room[:, : shape[0]]
+    assert_accurate(found["native"], found["reference"], exact)
+
+
+def test_every_float16_is_rounded_to() -> None:
+    """And what lies between two of them, beyond the largest, and what is no number."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    every = every[every.isfinite()]
+    between = torch.cat(
+        [torch.nextafter(x, far) for x in (every, (every + every.roll(1)) / 2) for far in (-every, every)]
+    )
+    special = torch.tensor([65519.0, 65520.0, 65536.0, 1e30, torch.inf, torch.nan, 2**-25, 2**-24 * 1.5, 1e-30, 0.0])
+    x = torch.cat([every, (every + every.roll(1)) / 2, between, special, -special])
+    out = torch.empty(1, len(x), dtype=torch.float16)
+    with set_backend("native"):
+        sum_snapshots([x], torch.ones(1, 1, dtype=torch.float64), out)
+    wanted = x.half()
+    assert torch.equal(out[0].isnan(), wanted.isnan())
+    assert torch.equal(
+        out[0][~wanted.isnan()].view(torch.int16) & 0x7FFF, wanted[~wanted.isnan()].view(torch.int16) & 0x7FFF
+    )
+    assert torch.equal(out[0].nan_to_num(), wanted.nan_to_num())

@@ -127,6 +127,10 @@ def arguments(name: str, r: Make) -> list[tuple]:
             (r(3, 5).detach(), [r(5), r(5)], torch.randn(2, 3, dtype=torch.float64), compensated)
             for compensated in (False, True)
         ],
+        "sum_snapshots_": [
+            (torch.empty(3, 5, dtype=dtype), [r(5), r(5)], torch.randn(2, 3, dtype=torch.float64), compensated)
+            for compensated, dtype in ((False, torch.float16), (True, torch.float32))
+        ],
         "adam_step_": [
             (
                 *[[r(3, 4).detach(), r().detach()] for _ in range(1)],
@@ -151,7 +155,7 @@ NAMES = sorted(
 
 
 def test_the_library_has_ops() -> None:
-    assert len(NAMES) == 45
+    assert len(NAMES) == 46
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -98,20 +100,57 @@ def test_later_averages_are_not_looked_at(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted if wanted[name].is_floating_point())
 
 
+@pytest.mark.parametrize("refused", ["nothing", "opening", "writing"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_whole_pages_and_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, refused: str
+) -> None:
+    """Tiles of a page's multiple, groups and ends that are none, on file systems that want the system's cache too."""
+    paths = []
+    for i in range(3):
+        tensors = {"a": torch.randn(20_011), "b": torch.randn(9_000), "steps": torch.tensor([i]), "c": torch.randn(3)}
+        path = tmp_path / f"{i}.safetensors"
+        save_file(tensors, path, {"edm2": json.dumps({"nimg": 1024 * (i + 1), "sigma_rel": 0.05})})
+        paths.append(path)
+    real_open, real_pwrite, direct = os.open, os.pwrite, []
+
+    def opening(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT and refused == "opening":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        descriptor = real_open(path, flags, *rest)
+        direct.extend([descriptor] if flags & os.O_DIRECT else [])
+        return descriptor
+
+    def pwrite(descriptor: int, content: memoryview, position: int) -> int:
+        if descriptor in direct:
+            assert position % 4096 == len(content) % 4096 == 0
+            if refused == "writing":
+                raise OSError(errno.EINVAL, "Invalid argument")
+        return real_pwrite(descriptor, content, position)
+
+    monkeypatch.setattr(output_module.os, "open", opening)
+    monkeypatch.setattr(output_module.os, "pwrite", pwrite)
+    work = Reconstruction([open_average(path) for path in paths], [0.06, 0.12], {"b": 0.1})
+    out = [tmp_path / "out" / f"{i}.safetensors" for i in range(2)]
+    work.to_files(out, dtype=dtype, memory=2 * 4096 * (3 * 4 + 2 * dtype.itemsize + 4))
+    for path, tensors in zip(out, work.in_memory(dtype=dtype), strict=True):
+        assert all(torch.equal(load_file(path)[name], tensors[name]) for name in tensors)
+
+
 class Interrupted(Exception):
     """What the power cut looks like."""
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    real, count = OutputFiles.pwrite, [0]
+    real, count = OutputFiles.write, [0]
 
-    def pwrite(self: OutputFiles, *args: object) -> None:
+    def write(self: OutputFiles, *args: object) -> None:
         count[0] += 1
         if count[0] > writes:
             raise Interrupted
         real(self, *args)
 
-    monkeypatch.setattr(OutputFiles, "pwrite", pwrite)
+    monkeypatch.setattr(OutputFiles, "write", write)
 
 
 def test_interrupted_job_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ def make_trainer(world: World, **overrides: object) -> Trainer:
         rampup=0,
         lr=0.01,
         force_normalize="step",
+        loss_scaling="dynamic",
         **overrides,
     )
     torch.manual_seed(world.rank)  # rank 0's weights are broadcast
@@ -103,6 +104,7 @@ def resume(world: World, folder: Path) -> dict[str, list]:
     trainer = make_trainer(world, parallel="fsdp")
     assert sharded_state.load(folder, trainer) == 7.5
     assert trainer.nimg == SAVED_AFTER * BATCH
+    assert trainer.loss_scale.good_steps == SAVED_AFTER
     assert tune.choices() == CHOICES
     for _ in range(SAVED_AFTER):
         next(trainer.loss.draws)
@@ -119,6 +121,7 @@ def take(trainer: Trainer, state: dict) -> None:
     for a, b in zip(got, expected + state["ema"]["profiles"], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=trainer.world.rank == 0))
     assert trainer.nimg == state["nimg"] == STEPS * BATCH
+    assert trainer.loss_scale.good_steps == STEPS
     state["ema"]["sigma_rels"] = [0.07]
     with pytest.raises(ValueError, match=r"averages of \[0\.07\]"):
         trainer.load_state_dict(state)
@@ -135,6 +138,8 @@ def _process(rank: int, size: int, folder: str) -> None:
     found = train(trainer, STEPS, state if size == 2 else None)
     if size == 3:
         found["resumed"] = resume(world, state)
+    trainer.loss_scale.update(torch.tensor(rank == size - 1))
+    assert trainer.loss_scale.scale == 0.5  # where the gradients overflowed, and where they did not
     net = trainer.whole_net()
     if rank == 0:
         assert type(net.unet.out_conv.weight.detach()) is Tensor

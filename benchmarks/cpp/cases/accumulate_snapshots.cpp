@@ -30,14 +30,9 @@ void accumulate_snapshots(Table& table) {
           [=, num_inputs = num_inputs, num_outputs = num_outputs](const Pointers& p) {
             lists->inputs.clear();
             for (size_t n = 0; n + 1 < p.size(); ++n) lists->inputs.push_back({p[n], DType::kFloat16});
-            return AccumulateSnapshotsParams{static_cast<float*>(p.back()),
-                                             lists->inputs.data(),
-                                             lists->coefs.data(),
-                                             num_inputs,
-                                             num_outputs,
-                                             numel,
-                                             numel,
-                                             compensated};
+            return AccumulateSnapshotsParams{
+                p.back(), DType::kFloat32, lists->inputs.data(), lists->coefs.data(), num_inputs, num_outputs,
+                numel,    numel,           compensated};
           },
           GPU(cuda::launch_accumulate_snapshots), CPU(cpu::accumulate_snapshots), numel);
     }

@@ -1,4 +1,5 @@
-// Weighted sums of snapshots: out[m] += sum_n coefs[n, m] * inputs[n], fp32 sums of fp16, bf16 or fp32 inputs.
+// Weighted sums of snapshots, sum_n coefs[n, m] * inputs[n], in fp32, of fp16, bf16 or fp32 inputs: added to out[m], or
+// stored there.
 #pragma once
 
 #include "edm2/common.h"
@@ -11,7 +12,8 @@ struct SnapshotInput {
 };
 
 struct AccumulateSnapshotsParams {
-  float* out;                   // [num_outputs, numel], rows row_stride elements apart
+  void* out;                    // [num_outputs, numel], rows row_stride elements apart
+  DType out_dtype;              // fp32; of sums that are stored also fp16
   const SnapshotInput* inputs;  // [num_inputs], host memory
   const double* coefs;          // [num_inputs, num_outputs], host memory
   int64_t num_inputs;
@@ -22,8 +24,10 @@ struct AccumulateSnapshotsParams {
 };
 
 namespace cpu {
-/// Work items are elements of one output.
+/// Adds to out. Work items are elements of one output.
 void accumulate_snapshots(const AccumulateSnapshotsParams& params, int64_t begin, int64_t end);
+/// Stores in out what is rounded once, to its type.
+void sum_snapshots(const AccumulateSnapshotsParams& params, int64_t begin, int64_t end);
 }  // namespace cpu
 
 namespace cuda {
