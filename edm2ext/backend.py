@@ -63,14 +63,19 @@ _registrations = torch.library.Library("edm2", "FRAGMENT")
 
 @functools.cache
 def op(name: str) -> Callable[..., Any] | None:
-    """The native op `edm2::name`, or None without a native library.
+    """The native op `edm2::name`, or None without a native library. ImportError if the library is older than this file.
 
     Autograd is the business of the functions around the op: the dispatcher's own handling is skipped (0.5 us a call).
     """
     if not _library.LOADED:
         return None
+    try:
+        found = getattr(torch.ops.edm2, name).default
+    except AttributeError:
+        built = f"{_library.PATH} has no {name}: it was built from another version of edm2ext"
+        raise ImportError(f"{built}; build it again (make setup, or pip install)") from None
     _registrations.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    return getattr(torch.ops.edm2, name).default
+    return found
 
 
 def fake(name: str) -> Callable[[_Function], _Function]:

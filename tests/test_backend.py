@@ -247,3 +247,8 @@ def test_description_of_the_installation() -> None:
     result = subprocess.run([sys.executable, "-m", "edm2ext"], check=True, capture_output=True, text=True)
     assert f"torch {torch.__version__}" in result.stdout
     assert "CUDA usable:" in result.stdout
+
+
+def test_an_older_library_is_named() -> None:
+    with pytest.raises(ImportError, match=r"libedm2_ops\.so has no pixel_nrom: .* build it again \(make setup"):
+        backend.op("pixel_nrom")
