@@ -105,6 +105,14 @@ def write_all(folder: Path, count: int, size: int, flags: int) -> None:
         list(pool.map(write, range(count)))
 
 
+def read_and_write(paths: Sequence[Path], folder: Path, count: int, size: int) -> None:
+    """At the same time: what the disk alone would take."""
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(read_all, paths)
+        write_all(folder, count, size, os.O_DIRECT)
+        reading.result()
+
+
 def multiply_add(inputs: int, coefs: Tensor, numel: int, by_op: bool) -> None:
     """The sums alone, by the op or by torch.mm, of numbers that stay in the caches. As many threads as torch has do a
     share each, none waits for another."""
@@ -215,6 +223,9 @@ def _run(scratch: Path, parameters: int, inputs: int, targets: int, rounds: int,
             (scratch / "limit").mkdir()
             timed("write", lambda flags=flags: write_all(scratch / "limit", targets, size, flags))
             shutil.rmtree(scratch / "limit")
+        (scratch / "limit").mkdir()
+        timed("both", lambda: read_and_write(paths, scratch / "limit", targets, size))
+        shutil.rmtree(scratch / "limit")
         sums = [seconds(lambda by_op=by_op: multiply_add(inputs, coefs, parameters, by_op)) for by_op in (True, False)]
         times.setdefault("multiply-add", []).append(min(sums))
         ours = [scratch / "ours" / f"{m}.safetensors" for m in range(targets)]
@@ -235,6 +246,7 @@ def _run(scratch: Path, parameters: int, inputs: int, targets: int, rounds: int,
         (f"limit: reading {inputs * size / 1e9:.1f} GB", best["read"]),
         (f"limit: writing {targets * size / 1e9:.1f} GB", best["write"]),
         (f"limit: {inputs * targets * parameters / 1e9:.0f} G multiply-adds", best["multiply-add"]),
+        ("reading and writing at the same time", best["both"]),
         ("**one pass** (`Reconstruction.to_files`)", best["one pass"]),
         ("tiled `torch.mm`, memory-mapped inputs", best["tiled torch.mm"]),
         (f"a loop for each target, {targets} × {best['loop, one target'].clock:.1f} s", loop),
