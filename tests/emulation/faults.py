@@ -150,7 +150,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("accumulate_snapshots.cuh", "first += rows * kOutputs", "first += kOutputs"),
     ("accumulate_snapshots.cuh", "m * table.row_stride", "m * table.numel"),
     ("accumulate_snapshots.cu", "params.coefs[n * params.num_outputs + m]", "params.coefs[m * params.num_inputs + n]"),
-    ("accumulate_snapshots.cu", "params.out + part.first_output * params.row_stride", "params.out"),
+    ("accumulate_snapshots.cu", " + part.first_output * params.row_stride", ""),
     ("accumulate_snapshots.cu", "Large::kCoefs / (kParts * part.num_inputs)", "Large::kCoefs / part.num_inputs"),
     ("mp_conv2d.cuh", "  await_copies<Tile::kStages - 2>();\n  __syncthreads();", "__syncthreads();"),
     ("mp_conv2d.cuh", "  await_copies<Tile::kStages - 2>();\n        __syncthreads();", "__syncthreads();"),
