@@ -3,13 +3,15 @@
 python -m benchmarks.conv [--preset img512-s ...] [--batch 32 ...] [--precision fp16] [--search] [--csv FILE]
 
 For every distinct convolution of a training step of the presets and each of its gradients, with what follows it in the
-forward pass: milliseconds of our kernels with the plan that the library chooses, or with --search the best of those
-that `edm2ext.tune` tries; of cuDNN in channels_last with `benchmark=True`, alone and with the same things done by
-separate kernels; of the tuner's choice among all of these; and the bound max(products / measured rate of a matrix
-product, bytes of the fused operation / measured rate of a copy). Medians of CUDA-event timings, each after the
-second-level cache was overwritten. Geometric means come last, and how many rows are as fast as cuDNN.
+forward pass, or with MP-SiLU of the MP-Cat whose halves it reads: milliseconds of our kernels with the plan that the
+library chooses, or with --search the best of those that `edm2ext.tune` tries; of cuDNN in channels_last with
+`benchmark=True`, alone and with the same things done by separate kernels; of the tuner's choice among all of these; and
+the bound max(products / measured rate of a matrix product, bytes of the fused operation / measured rate of a copy).
+Medians of CUDA-event timings, each after the second-level cache was overwritten. Geometric means come last, and how
+many rows are as fast as cuDNN.
 """
 
+import contextlib
 import csv
 import math
 import statistics
@@ -24,6 +26,7 @@ from torch import Tensor
 import edm2ext
 from benchmarks.conv_problems import EDM2_PRESETS
 from edm2ext import _library, tune
+from edm2ext.ops import conv_choice
 from edm2ext.ops.conv_choice import Problem
 from python_train import plan
 
@@ -45,6 +48,8 @@ def least_bytes(problem: Problem) -> int:
         images += problem.out * (17 / 16 if problem.keep else 1)  # the mask: a bit an element
     elif problem.follows:
         images += problem.out * problem.keep
+    elif problem.cat and problem.direction == 0:
+        images += problem.channels  # MP-SiLU
     return round(2 * pixels * images) + weight * (4 if problem.direction == 2 else 2)
 
 
@@ -60,12 +65,15 @@ def rates(dtype: torch.dtype, flush: Tensor) -> tuple[float, float]:
 def compare(problem: Problem, gpu: tune.GPU, timer: tune.Timer, search: bool) -> dict[str, float | str]:
     """Milliseconds."""
     ours = tune.offers(problem, gpu)[:-1] if search else [[]]
-    choice, times = tune.pick(problem, [*ours, None], timer)
+    with contextlib.ExitStack() as stack:
+        for other in conv_choice.alternatives(problem):  # to halves: a concatenation, and cuDNN
+            stack.enter_context(conv_choice.trying(other, None))
+        choice, times = tune.pick(problem, [*ours, None], timer)
     own = {name: time for name, time in times.items() if name != tune.TORCHS}
     best = min(own, key=own.__getitem__)
     bare = times[tune.TORCHS]
-    if problem.follows:
-        alone = problem._replace(follows="", keep=False)
+    if problem.follows or problem.cat:
+        alone = problem._replace(follows="", keep=False, cat=0)
         bare = timer(alone, None)
     chosen = times[tune.name_of(choice)]
     return {"plan": best, "ours": own[best], "cuDNN": bare, "cuDNN+": times[tune.TORCHS], "chosen": chosen}
@@ -76,6 +84,8 @@ def rows(
 ) -> Iterator[dict[str, str]]:
     """One a problem; peak: what `rates` measured."""
     for problem in problems:
+        if problem.cat:
+            problem = problem._replace(keep=False)  # the forward pass alone, as of the others
         found = compare(problem, gpu, timer, search)
         plan_name = found.pop("plan")
         ours = found["ours"]

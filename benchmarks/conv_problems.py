@@ -117,8 +117,9 @@ def problems_of(preset: str) -> dict[Problem, int]:
 
     def record(layer: MPConv, inputs: tuple[Tensor, ...], _: object) -> None:
         height, width = inputs[0].shape[2:]
-        assert layer.stride == 1
-        found[Problem(height, width, inputs[0].shape[1], layer.weight.shape[0], layer.weight.shape[2])] += 1
+        assert layer.stride == layer.groups == 1
+        out, channels, kernel, _ = layer.weight.shape  # of a concatenation, the input is the first part
+        found[Problem(height, width, channels, out, kernel)] += 1
 
     with torch.device("meta"), torch.no_grad():
         net = Precond(**make_options(preset).network_config(resolution, channels, label_dim))

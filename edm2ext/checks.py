@@ -304,7 +304,7 @@ def conv_arguments(
     function = "mp_conv2d"
     image(function, "x", x)
     weight(function, "w", w)
-    _gain_of_layer(function, gain_, prepared)
+    gain_of_layer(function, gain_, prepared)
     if w.dim() != 4:
         raise ValueError(f"{function}: w must be [out, in / groups, height, width], got shape {list(w.shape)}")
     if groups < 1 or w.shape[0] % groups != 0:
@@ -331,7 +331,7 @@ def linear_arguments(x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bo
     function = "mp_linear"
     floating(function, "x", x)
     weight(function, "w", w)
-    _gain_of_layer(function, gain_, prepared)
+    gain_of_layer(function, gain_, prepared)
     if w.dim() != 2:
         raise ValueError(f"{function}: w must be [out, in], got shape {list(w.shape)}")
     if x.dim() == 0 or x.shape[-1] != w.shape[1]:
@@ -341,7 +341,8 @@ def linear_arguments(x: Tensor, w: Tensor, gain_: "Tensor | float", prepared: bo
     _same_device(function, "x", x, "w", w)
 
 
-def _gain_of_layer(function: str, gain_: "Tensor | float", prepared: bool) -> None:
+def gain_of_layer(function: str, gain_: "Tensor | float", prepared: bool) -> None:
+    """A number or a 0-dim tensor; with a prepared weight 1."""
     gain(function, gain_)
     if prepared and (isinstance(gain_, Tensor) or gain_ != 1):
         raise ValueError(

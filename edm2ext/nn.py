@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edm2ext import backend, ops
+from edm2ext.ops.mp_cat_conv2d import CatWith, cat_conv2d_of_prepared, mp_cat_conv2d
 from edm2ext.ops.mp_conv2d import Then, conv2d_of_prepared
 from edm2ext.ops.prepared_weight import Gradients
 from edm2ext.reference import product_dtype
@@ -192,20 +193,30 @@ class MPConv(Layer):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, kernel_size, kernel_size))
 
     def forward(
-        self, x: Tensor, gain: "Tensor | float" = 1, then: Then | None = None
+        self, x: Tensor, gain: "Tensor | float" = 1, then: Then | None = None, first: CatWith | None = None
     ) -> "Tensor | tuple[Tensor, Tensor]":
         """x [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]; gain multiplies the weight, `then` is
-        applied to the result (`ops.mp_conv2d`)."""
-        options = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups, "then": then}
+        applied to the result (`ops.mp_conv2d`).
+
+        With `first`, x and first.b are two parts of the input, and the result is a pair: that for their concatenation,
+        and mp_silu of the concatenation (`ops.mp_cat_conv2d`); `then` must be None."""
+        if first is not None and then is not None:
+            raise ValueError("MPConv: either `then` or `first` must be None")
+        options = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
         if self.prepared is None:
             if forces_in_forward(self.training):
                 ops.force_normalize_(self.weight)
-            return ops.mp_conv2d(x, self.weight, gain, **options)
-        self.check_gain(gain)
-        effective, _, gradients = self.prepared
-        if effective is None:
-            return ops.mp_conv2d(x, self.weight, gain, **options)
-        return conv2d_of_prepared(x, self.weight, effective, gain, gradients, **options)
+        else:
+            self.check_gain(gain)
+            effective, _, gradients = self.prepared
+            if effective is not None:
+                made = (self.weight, effective, gain, gradients)
+                if first is not None:
+                    return cat_conv2d_of_prepared(x, first.b, *made, first.t, **options)
+                return conv2d_of_prepared(x, *made, **options, then=then)
+        if first is not None:
+            return mp_cat_conv2d(x, first.b, self.weight, gain, first.t, **options)
+        return ops.mp_conv2d(x, self.weight, gain, **options, then=then)
 
     def extra_repr(self) -> str:
         return f"weight={list(self.weight.shape)}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"

@@ -8,7 +8,7 @@ Dynamics of Diffusion Models" (arXiv 2312.02696).
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -369,6 +369,14 @@ def mp_conv2d(
     dtype = product_dtype(x)
     kernel = w.to(dtype) if prepared else effective_weight(w, gain, dtype)
     return F.conv2d(x, kernel, stride=stride, padding=pad, dilation=dilation, groups=groups)
+
+
+def mp_cat_conv2d(
+    a: Tensor, b: Tensor, w: Tensor, gain: "Tensor | float" = 1, t: float = 0.5, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """mp_conv2d(x, w, gain, **options) and mp_silu(x) of x = mp_cat(a, b, t) (2.6, 2.2, 2.4; Eqs. 47, 81, 103)."""
+    x, x_silu = mp_cat(a, b, t, silu=True)
+    return mp_conv2d(x, w, gain, **options), x_silu
 
 
 def mp_linear(x: Tensor, w: Tensor, gain: "Tensor | float" = 1, *, prepared: bool = False) -> Tensor:

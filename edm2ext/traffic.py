@@ -36,6 +36,8 @@ _FLOPS = {
     "mp_conv2d_silu_modulated": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
     "mp_conv2d_sum": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
     "mp_conv2d_qkv_norm": lambda x, w, *_: 2 * w.numel() * x[:, 0].numel(),
+    "mp_cat_conv2d": lambda a, b, w, *_: 2 * w.numel() * a[:, 0].numel(),
+    "mp_cat_conv2d_backward_weight": lambda grad, a, b, *_: 2 * grad.numel() * (a.shape[1] + b.shape[1]),
     "mp_conv2d_backward_input": lambda grad, w, *_: 2 * w.numel() * grad[:, 0].numel(),
     "mp_conv2d_backward_weight": lambda grad, x, h, w, *_: 2 * grad.numel() * x.shape[1] * h * w,
 }
@@ -122,7 +124,7 @@ class Counter(TorchDispatchMode):
             self._native_op = None
         if formula := _FLOPS.get(func._opname):
             self.flops += formula(*args)
-        self._count(func._opname, take_tally(), kind="product" if func._opname.startswith("mp_conv2d") else "native")
+        self._count(func._opname, take_tally(), kind="product" if "conv2d" in func._opname else "native")
         return result
 
     def _count(self, op: str, traffic: Traffic, kind: str = "") -> None:

@@ -4,10 +4,11 @@ python -m edm2ext.tune --preset img512-s --batch 32 [--precision fp16] [--again]
 python -m edm2ext.tune --preset img512-s --batch 32 --list
 
 For every convolution and gradient that a training step of the preset computes on one GPU, with what follows it in the
-forward pass, it times our kernels and torch's convolution with separate kernels, and keeps the fastest in a file of the
-user's cache folder, one for each GPU and build. A plan whose result is not torch's up to rounding is never chosen.
-`python_train.run` does the same for its network when it starts on a GPU, and keeps the choices in its training states,
-for they change the last bits. --list prints the problems and what would be tried, and needs no GPU.
+forward pass and the MP-Cat before it, it times our kernels and torch's convolution with separate kernels, and keeps the
+fastest in a file of the user's cache folder, one for each GPU and build. A plan whose result is not torch's up to
+rounding is never chosen. `python_train.run` does the same for its network when it starts on a GPU, and keeps the
+choices in its training states, for they change the last bits. --list prints the problems and what would be tried, and
+needs no GPU.
 """
 
 import ctypes
@@ -31,6 +32,7 @@ from torch import Tensor
 from edm2ext import _library
 from edm2ext.ops import conv_choice
 from edm2ext.ops.conv_choice import DIRECTIONS, LIBRARYS_OWN, Choice, Problem
+from edm2ext.ops.mp_cat_conv2d import forward_of_halves, gradient_of_weight_of_halves
 from edm2ext.ops.mp_conv2d import convolve_forward, gradient_of_input, gradient_of_weight
 
 VERSION = 1  # of the file
@@ -42,9 +44,11 @@ _AGAIN = 3  # the fastest are timed twice
 _FLUSH_BYTES = 2**28  # more than any second-level cache
 _REPEATS = 15
 _CLIP = 256.0  # a sum's, or its mask's
+_BALANCE = 0.5  # MP-Cat's t
 _DIFFERENCE = 0.02  # of the largest value: far above rounding in 16 bits, far below a wrong index
 _KEY = re.compile(
-    r"(forward|grad x|grad w) (\d+)x(\d+)x(\d+) (\d+)->(\d+) (\d+)x(\d+) (float16|bfloat16)( silu| sum| qkv)?( keep)?"
+    r"(forward|grad x|grad w) (\d+)x(\d+)x(\d+) (\d+)(?:\+(\d+))?->(\d+) (\d+)x(\d+) (float16|bfloat16)"
+    r"( silu| sum| qkv)?( keep)?"
 )
 
 
@@ -56,10 +60,11 @@ def problem_of(text: str) -> Problem:
     match = _KEY.fullmatch(text)
     if match is None:
         raise ValueError(f'tune: expected a convolution such as "forward 8x64x64 192->192 3x3 float16", got {text!r}')
-    direction, *sizes, dtype, follows, keep = match.groups()
-    return Problem(
-        DIRECTIONS.index(direction), *map(int, sizes), getattr(torch, dtype), (follows or "").strip(), bool(keep)
-    )
+    direction, batch, height, width, first, second, *sizes, dtype, follows, keep = match.groups()
+    channels, cat = (int(first) + int(second), int(first)) if second else (int(first), 0)
+    numbers = [int(batch), int(height), int(width), channels, *map(int, sizes)]
+    about = (getattr(torch, dtype), (follows or "").strip(), bool(keep), cat)
+    return Problem(DIRECTIONS.index(direction), *numbers, *about)
 
 
 def choices() -> dict[str, list[int] | str]:
@@ -178,8 +183,9 @@ def plans(problem: Problem, multiprocessors: int, wgmma: bool = True) -> list[li
 
 
 def offers(problem: Problem, gpu: GPU) -> list[Choice]:
-    """All that is tried: the library's own plan, others, torch's convolution."""
-    return [LIBRARYS_OWN, *plans(problem, gpu.multiprocessors, gpu.wgmma), None]
+    """All that is tried: the library's own plan, others, torch's convolution; of an MP-Cat's halves, which Hopper's
+    kernels do not read, the best convolution of their concatenation."""
+    return [LIBRARYS_OWN, *plans(problem, gpu.multiprocessors, gpu.wgmma and not problem.cat), None]
 
 
 Times = dict[str, float]  # milliseconds, by choice as text
@@ -209,16 +215,22 @@ def name_of(choice: Choice) -> str:
     return TORCHS if choice is None else "x".join(map(str, choice)) or "own"
 
 
+def with_alternatives(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems, each once, and before them what must be chosen for first."""
+    return list(dict.fromkeys(p for problem in problems for p in (*conv_choice.alternatives(problem), problem)))
+
+
 def tune(
     problems: Iterable[Problem], measure: Measure | None = None, gpu: GPU | None = None, again: bool = False
 ) -> dict[Problem, Times]:
-    """See to it that all problems are chosen for: from now on ops take the choices, under CUDA graphs too.
+    """See to it that all problems and their alternatives are chosen for: from now on ops take the choices, under CUDA
+    graphs too.
 
     Choices of this process are kept, then those of the file; the rest are timed (with `again` all), by rank 0 for all
     processes, and added to the file. Returns the times taken, on rank 0. Raises RuntimeError while a CUDA graph is
     captured, or without a GPU unless `measure` and `gpu` are given.
     """
-    missing = [problem for problem in dict.fromkeys(problems) if again or problem not in conv_choice.chosen()]
+    missing = [problem for problem in with_alternatives(problems) if again or problem not in conv_choice.chosen()]
     if not missing:
         return {}
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -235,6 +247,7 @@ def tune(
         for problem in missing:
             if problem not in decided:
                 decided[problem], times[problem] = pick(problem, offers(problem, gpu), measure)
+            conv_choice.choose({problem: decided[problem]})  # what is timed next may be computed as chosen here
         if times:
             _keep(file, {problem: decided[problem] for problem in times})
         shared = [_as_text(decided)]
@@ -302,7 +315,10 @@ def _values(result: Result) -> Tensor:
 
 
 def work_of(problem: Problem, device: str) -> Callable[[], Result]:
-    """The convolution or gradient as ops compute it, with the choice of the moment, on random operands."""
+    """The convolution or gradient as ops compute it, with the choice of the moment, on random operands.
+
+    With the forward pass of an MP-Cat's halves goes all that its choice decides about: MP-SiLU of them with or without
+    the concatenation, and in training the weight's gradient, which reads the one or the other."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -312,6 +328,10 @@ def work_of(problem: Problem, device: str) -> Callable[[], Result]:
     image = (problem.height, problem.width)
     fan_in = problem.channels * problem.kernel_height * problem.kernel_width
     w = make(problem.out, problem.channels, problem.kernel_height, problem.kernel_width, scale=fan_in**-0.5)
+    if problem.cat:
+        sizes = problem.cat, problem.channels - problem.cat
+        a, b = (make(problem.batch, channels, *image) for channels in sizes)
+        return _work_of_halves(problem, a, b, w, make(problem.batch, problem.out, *image))
     x = make(problem.batch, problem.channels, *image)
     if problem.direction > 0:
         grad = make(problem.batch, problem.out, *image)
@@ -324,6 +344,21 @@ def work_of(problem: Problem, device: str) -> Callable[[], Result]:
     elif problem.follows == "sum":
         other = make(problem.batch, problem.out, *image)
     return lambda: convolve_forward(x, w, other, problem.follows, 0.3, _CLIP, problem.keep)[0]
+
+
+def _work_of_halves(problem: Problem, a: Tensor, b: Tensor, w: Tensor, grad: Tensor) -> Callable[[], Result]:
+    if problem.direction > 0:
+        return lambda: gradient_of_weight_of_halves(grad, a, b, w, _BALANCE)
+
+    def work() -> Tensor:
+        y, _, x = forward_of_halves(a, b, w, _BALANCE, problem.keep)
+        if problem.keep and x is None:
+            gradient_of_weight_of_halves(grad, a, b, w, _BALANCE)
+        elif problem.keep:
+            gradient_of_weight(grad, x, w)
+        return y
+
+    return work
 
 
 # ---- the command ----
@@ -356,7 +391,7 @@ def main(preset: str, batch: int, precision: str, only_list: bool, again: bool, 
     from python_train import UserError, plan  # the network whose convolutions these are; nothing else here needs it
 
     try:
-        problems = plan.convolutions_of_preset(preset, batch, precision)
+        problems = with_alternatives(plan.convolutions_of_preset(preset, batch, precision))
     except UserError as error:
         raise click.ClickException(str(error)) from error
     if only_list:

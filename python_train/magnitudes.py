@@ -65,6 +65,8 @@ def measure(net: Precond, x: Tensor, sigma: Tensor, class_labels: Tensor | None 
     def record(layer: MPConv, args: tuple[Tensor, ...], options: dict[str, Any], y: Tensor, name: str) -> None:
         if options.pop("then", None) is not None:  # fused with what follows
             y = layer.forward(*args, **options)
+        if options.get("first") is not None:  # of a concatenation, whose mp_silu comes with it
+            y, _ = y
         squares[name] = y.float().square().mean(dim=(0, 2, 3))
 
     def count(block: Block, _: object, y: Tensor, name: str) -> None:

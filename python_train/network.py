@@ -70,18 +70,23 @@ class Block(torch.nn.Module):
         self,
         x: Tensor,
         c: Tensor,
-        x_silu: Tensor | None = None,
+        cat: ops.CatWith | None = None,
         philox: Tensor | None = None,
         twice: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map x [N, in_channels, H, W] and the modulation c [N, out_channels] to [N, out_channels, H', W'], all of x's
         dtype.
 
-        ``x_silu`` is ``mp_silu(x)`` where the caller has it already (decoder blocks that keep the resolution:
-        the concatenation with the skip emits it in the same pass). ``philox`` is what `ops.mp_silu_modulated` draws
-        dropout from, needed in training if there is any. With ``twice`` the result is returned twice, for two users, as
-        `ops.mp_sum` does.
+        ``cat`` is what x is concatenated with first, to in_channels (decoder blocks that keep the resolution).
+        ``philox`` is what `ops.mp_silu_modulated` draws dropout from, needed in training if there is any. With
+        ``twice`` the result is returned twice, for two users, as `ops.mp_sum` does.
         """
+        x_silu = None
+        projected = cat is not None and self.conv_skip is not None
+        if cat is not None:
+            if self.flavor == "enc" or self.resample_mode != "keep":
+                raise ValueError("Block: cat is for decoder blocks that keep the resolution")
+            x, x_silu = cat(x) if self.conv_skip is None else self.conv_skip(x, first=cat)
         normalised_with_resampling = self.flavor == "enc" and self.resample_mode == "down" and self.conv_skip is None
         if normalised_with_resampling:
             x, x_silu = ops.resample_down_pixel_norm(x, self.resample_filter)
@@ -100,7 +105,7 @@ class Block(torch.nn.Module):
             y = ops.mp_silu_modulated(self.conv_res0(x_silu), c, self.dropout, philox, self.dropout_index)
         else:
             y = self.conv_res0(x_silu, then=ops.ModulatedSiLU(c))
-        if self.flavor == "dec" and self.conv_skip is not None:
+        if self.flavor == "dec" and self.conv_skip is not None and not projected:
             x = self.conv_skip(x)
         if self.attn_qkv is None or self.attn_proj is None:
             return self.conv_res1(y, then=ops.SumWith(x, self.res_balance, self.clip_act, twice))
@@ -245,8 +250,7 @@ class UNet(torch.nn.Module):
 
     def _with_skip(self, block: Block, x: Tensor, skip: Tensor, c: Tensor, philox: Tensor | None) -> Tensor:
         """A block of the decoder, fed with the skip connection too."""
-        x, x_silu = ops.mp_cat(x, skip, t=self.concat_balance, silu=True)
-        return block(x, c, x_silu, philox)
+        return block(x, c, ops.CatWith(skip, self.concat_balance), philox)
 
 
 def _kept(function: Callable[..., Any], *inputs: Any) -> Any:

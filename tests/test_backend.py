@@ -213,7 +213,7 @@ def test_the_compiler_keeps_what_a_gpu_runs(two_gpus: None) -> None:
 
 
 def test_reference_and_ops_have_the_same_names() -> None:
-    arguments = {"CosineAttention", "ModulatedSiLU", "SumWith"}  # of mp_conv2d
+    arguments = {"CatWith", "CosineAttention", "ModulatedSiLU", "SumWith"}  # of convolutions
     assert all(callable(getattr(reference, name)) for name in ops.__all__ if name not in arguments)
 
 

@@ -54,13 +54,14 @@ class Kernel(NamedTuple):
     instructions: str
 
 
-def compile_kernels(direction: str, tile: int, folder: Path) -> Iterator[Kernel]:
+def compile_kernels(direction: str, tile: int, cat: str, folder: Path) -> Iterator[Kernel]:
     """Both dtypes for all architectures."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     target = folder / "kernels.o"
     command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-Werror", f"-I{ROOT}/csrc/include"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command += [f"-DEDM2_CONV_DIRECTION={direction}", f"-DEDM2_CONV_TILE={tile}", "-c", "-o", str(target)]
+    command += [f"-DEDM2_CONV_DIRECTION={direction}", f"-DEDM2_CONV_TILE={tile}", f"-DEDM2_CONV_CAT={cat}"]
+    command += ["-c", "-o", str(target)]
     subprocess.run([*command, f"{ROOT}/csrc/cuda/mp_conv2d_tiles.cu"], check=True)
     tool = cuobjdump()
     environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}  # nvdisasm lies beside it
@@ -93,14 +94,15 @@ def test_the_tiles_were_found():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists(), reason="no nvcc")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", [*DIRECTIONS, "kForward of halves", "kBackwardWeight of halves"])
 @pytest.mark.parametrize("tile", range(4))
 def test_tensor_cores_without_spills(tmp_path: Path, direction: str, tile: int):
     shape = TILES[tile]
-    kernels = list(compile_kernels(direction, tile, tmp_path))
+    direction, _, halves = direction.partition(" of ")
+    kernels = list(compile_kernels(direction, tile, "true" if halves else "false", tmp_path))
     assert sorted(k.arch for k in kernels) == sorted(2 * ARCHITECTURES)
     for kernel in kernels:
-        what = f"{direction}, tile {tile}, sm_{kernel.arch}"
+        what = f"{direction} {halves}, tile {tile}, sm_{kernel.arch}"
         assert kernel.stack == 0, what
         assert not re.search(r"\b(STL|LDL)\b", kernel.instructions), what
         for instruction in ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDGDEPBAR", "DEPBAR.LE SB0"):

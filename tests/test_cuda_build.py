@@ -131,7 +131,16 @@ class Resources(NamedTuple):
     local: int
 
 
-CONV_OPS = ["", "_backward_input", "_backward_weight", "_silu_modulated", "_sum"]
+CONV_OPS = [
+    "mp_conv2d",
+    "mp_conv2d_backward_input",
+    "mp_conv2d_backward_weight",
+    "mp_conv2d_silu_modulated",
+    "mp_conv2d_sum",
+    "mp_conv2d_qkv_norm",
+    "mp_cat_conv2d",
+    "mp_cat_conv2d_backward_weight",
+]
 
 
 def has_convolutions() -> bool:
@@ -204,7 +213,14 @@ def test_registered_beside_the_cpu_kernel(library: Path, op: str):
 
 @pytest.mark.parametrize("op", CONV_OPS)
 def test_convolutions_are_registered_where_they_were_built(library: Path, op: str):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::mp_conv2d{op}", "CUDA") == has_convolutions()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::{op}", "CUDA") == has_convolutions()
+
+
+@pytest.mark.parametrize("op", ["mp_cat_silu_only", "mp_cat_silu_only_backward"])
+def test_registered_alone(library: Path, op: str):
+    """Only convolutions on a GPU do without the concatenation."""
+    for key in ("CUDA", "CPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"edm2::{op}", key) == (key == "CUDA")
 
 
 def test_ops_work_on_cpu_tensors(library: Path):

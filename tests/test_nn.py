@@ -1,5 +1,6 @@
 """MPConv, MPLinear, MPFourier and the switch of forced normalisation."""
 
+import contextlib
 import math
 
 import pytest
@@ -41,6 +42,20 @@ def test_conv_is_mp_conv2d(backend: str, layer: MPConv) -> None:
     x, gain = torch.randn(2, 3, 7, 8), torch.tensor(0.6)
     expected = ops.mp_conv2d(x, layer.weight, gain, stride=layer.stride, dilation=layer.dilation, groups=layer.groups)
     assert torch.equal(layer(x, gain), expected)
+
+
+@pytest.mark.parametrize("layer", [MPConv(5, 4, 1), MPConv(5, 4, 3, stride=2), MPConv(6, 4, 3, groups=2)])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_conv_of_a_concatenation(backend: str, layer: MPConv, prepared: bool) -> None:
+    layer.eval()
+    a, b = torch.randn(2, 3, 7, 8), torch.randn(2, layer.weight.shape[1] * layer.groups - 3, 7, 8)
+    x, x_silu = ops.mp_cat(a, b, 0.3, silu=True)
+    with nn.PreparedWeights(layer) if prepared else contextlib.nullcontext():
+        y, same = layer(a, first=ops.CatWith(b, 0.3))
+        assert torch.equal(y, layer(x))
+        assert torch.equal(same, x_silu)
+        with pytest.raises(ValueError, match="MPConv: either `then` or `first` must be None"):
+            layer(a, first=ops.CatWith(b), then=ops.ModulatedSiLU(torch.ones(2, 4)))
 
 
 def _changes_weight(layer: MPConv | MPLinear, x: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ import edm2ext
 from benchmarks import traffic
 from edm2ext import ops
 from edm2ext.nn import MPConv, MPLinear
+from edm2ext.ops import conv_choice
 from edm2ext.traffic import PHASES, Key, PeakMemory, Traffic, counting
 from python_train.config import make_options
 from python_train.network import Precond
@@ -261,6 +262,27 @@ def test_sums_after_convolutions_write_a_bit_an_element_more():
     assert counter.rows[Key("backward", "native", "mp_sum_backward")] == Traffic(1, 2 * size_y + mask, 2 * size_y)
 
 
+@needs_convolutions
+@pytest.mark.parametrize("stored", [False, True])
+def test_concatenations_are_not_stored_for_convolutions(stored: bool):
+    a, b = (meta(8, c, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_() for c in (64, 32))
+    w = meta(24, 96, 1, 1).requires_grad_()
+    problem = conv_choice.Problem(0, 8, 64, 64, 96, 24, 1, 1, torch.float16, "", True, cat=64)
+    with edm2ext.set_backend("native"), counting() as counter, conv_choice.trying(problem, None if stored else []):
+        outputs = ops.mp_cat_conv2d(a, b, w, prepared=True)
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    size_x, size_y, size_w = 2 * 96 * 8 * 64 * 64, 2 * outputs[0].numel(), 2 * w.numel()
+    cat, conv = ("mp_cat_silu", "mp_conv2d") if stored else ("mp_cat_silu_only", "mp_cat_conv2d")
+    grad = "mp_cat_silu_backward" if stored else "mp_cat_silu_only_backward"
+    assert counter.rows[Key("forward", "native", cat)] == Traffic(1, size_x, 2 * size_x if stored else size_x)
+    assert counter.rows[Key("forward", "product", conv)] == Traffic(1, size_x + size_w, size_y)
+    assert counter.rows[Key("backward", "native", grad)] == Traffic(1, 3 * size_x, size_x)
+    row = counter.rows[Key("backward", "product", f"{conv}_backward_weight")]
+    assert row == Traffic(2, size_x + size_y + row.workspace, row.workspace + 2 * size_w, workspace=row.workspace)
+    assert counter.rows[Key("backward", "product", "mp_conv2d_backward_input")].launches == 1
+    assert counter.flops == 3 * 2 * (8 * 64 * 64) * 24 * 96
+
+
 # ---- a step ----
 
 
@@ -279,7 +301,7 @@ def test_a_step_multiplies_by_every_weight_once(name: str):
     convolutions, linears = layers()
     for phase, op in (("forward", "convolution"), ("backward", "convolution_backward")):
         torchs = counter.rows[Key(phase, "product", op)].launches
-        own = [key for key in counter.rows if key.phase == phase and key.op.startswith("mp_conv2d")]
+        own = [key for key in counter.rows if key.phase == phase and key.op.startswith(("mp_conv2d", "mp_cat_conv2d"))]
         ours = sum(counter.rows[key].launches for key in own if not key.op.endswith("backward_weight"))
         more = torchs + ours - convolutions
         assert 0 <= more <= max(2, ours // 2)  # in plain torch resampling is one; ours are two where sums are split

@@ -3,14 +3,16 @@
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from edm2ext import ops, reference, tune
 from edm2ext.ops import conv_choice
@@ -26,6 +28,7 @@ GPU = tune.GPU("Imaginary 9000", 132)
 FORWARD = Problem(0, 8, 64, 64, 192, 192, 3, 3, torch.float16, "silu", True)
 GRAD_W = Problem(2, 8, 16, 16, 384, 192, 1, 1, torch.bfloat16)
 QKV = Problem(0, 8, 16, 16, 384, 1152, 1, 1, torch.float16, "qkv", True)
+HALVES = Problem(0, 8, 16, 16, 96, 192, 1, 1, torch.float16, "", True, cat=64)
 TILES = 4
 
 
@@ -47,9 +50,12 @@ def never(problem: Problem, choice: Choice) -> float:
     raise AssertionError(f"{problem} was timed")
 
 
-@pytest.mark.parametrize("problem", [FORWARD, GRAD_W, FORWARD._replace(follows="sum", keep=False), QKV], ids=str)
+@pytest.mark.parametrize(
+    "problem", [FORWARD, GRAD_W, FORWARD._replace(follows="sum", keep=False), QKV, HALVES], ids=str
+)
 def test_problems_as_text(problem: Problem):
     assert tune.problem_of(str(problem)) == problem
+    assert str(HALVES) == "forward 8x16x16 64+32->192 1x1 float16 keep"
 
 
 def test_the_network_says_which_problems_there_are():
@@ -61,6 +67,9 @@ def test_the_network_says_which_problems_there_are():
     assert Problem(0, 3, 16, 16, 32, 32, 3, 3, torch.bfloat16, "silu", True) in found
     assert {problem.follows for problem in found if problem.direction == 0} == {"", "silu", "sum", "qkv"}
     assert Problem(0, 3, 16, 16, 5, 32, 3, 3, torch.bfloat16) in found  # the input convolution, which can be padded
+    halves = Problem(0, 3, 16, 16, 96, 32, 1, 1, torch.bfloat16, "", True, cat=64)
+    assert {halves, halves._replace(direction=2, keep=False)} < set(found)
+    assert halves._replace(direction=1, keep=False, cat=0) in found
     assert plan.convolutions(make_options("digits"), 8, 1, 10, images=2) == []  # float32
     with pytest.raises(UserError, match=r"preset must be one of img512-.*, got 'digits'"):
         plan.convolutions_of_preset("digits", 8, "fp16")
@@ -83,6 +92,32 @@ def test_the_fastest_is_picked():
     assert tune.pick(FORWARD, offers, times({"2x1": 1.0, "own": 2.0}))[0] == [2, 1]
     assert tune.pick(FORWARD, offers, times({"torch": 1.0}))[0] is None
     assert tune.pick(FORWARD, offers, times({}))[0] == []  # the library's own among equals
+
+
+def test_halves_come_after_what_they_are_compared_with():
+    whole = HALVES._replace(keep=False, cat=0)
+    grad_w = HALVES._replace(direction=2, keep=False)
+    assert tune.with_alternatives([HALVES, grad_w, FORWARD]) == [
+        whole,
+        whole._replace(direction=2),
+        grad_w,
+        HALVES,
+        FORWARD,
+    ]
+    assert tune.with_alternatives([grad_w]) == [whole._replace(direction=2), grad_w]
+    assert tune.with_alternatives([HALVES._replace(keep=False)]) == [whole, HALVES._replace(keep=False)]
+    hopper = GPU._replace(wgmma=True)
+    assert all(choice is None or not choice or choice[0] < TILES for choice in tune.offers(HALVES, hopper))
+    chosen: list[Problem] = []
+
+    def measure(problem: Problem, choice: Choice) -> float:
+        assert all(other in conv_choice.chosen() for other in conv_choice.alternatives(problem))
+        chosen.append(problem)
+        return 1.0 if choice is None else 2.0
+
+    timed = tune.tune([HALVES], measure, GPU)
+    assert list(timed) == list(dict.fromkeys(chosen)) == tune.with_alternatives([HALVES])
+    assert conv_choice.choice(HALVES) is None
 
 
 def test_the_best_are_timed_twice():
@@ -257,7 +292,7 @@ def plans_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         shape = (grad.shape[1], x.shape[1], height, width)
         return torch.nn.grad.conv2d_weight(x, shape, grad, padding=height // 2).float()
 
-    monkeypatch.setattr(module, "_has_kernel", lambda *arguments: True)
+    monkeypatch.setattr(module, "on_tensor_cores", lambda *arguments: True)
     monkeypatch.setattr(module, "_mp_conv2d", forward)
     monkeypatch.setattr(module, "_mp_conv2d_silu_modulated", silu)
     monkeypatch.setattr(module, "_mp_conv2d_sum", summed)
@@ -318,6 +353,40 @@ def test_compiled_graphs_hold_the_choice(monkeypatch: pytest.MonkeyPatch):
     assert plans == [[2, 7]]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does it
+def test_compiled_graphs_read_halves(monkeypatch: pytest.MonkeyPatch):
+    """In both directions, if that was chosen."""
+    monkeypatch.setattr(module, "_TENSOR_CORES", module._TENSOR_CORES._replace(meta=True))
+    shape = (2, 64, 5, 6), (2, 32, 5, 6)
+    a, b = (torch.empty(s, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last) for s in shape)
+    w = torch.empty(24, 96, 1, 1, device="meta", requires_grad=True)
+    a.requires_grad_()
+    graphs: list[str] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    forward = Problem(0, 2, 5, 6, 96, 24, 1, 1, torch.bfloat16, "", True, cat=64)
+    for choice, ours in (([3, 2], True), (None, False)):
+        torch.compiler.reset()
+        graphs.clear()
+        tune.load({str(forward): "torch" if choice is None else choice})
+        compiled = torch.compile(
+            lambda a, b, w: ops.mp_cat_conv2d(a, b, w),
+            backend=aot_autograd(fw_compiler=collect),
+            fullgraph=True,
+            dynamic=False,
+        )
+        outputs = compiled(a, b, w)
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+        for graph, op in zip(graphs, ("mp_cat_conv2d.default", "mp_cat_conv2d_backward_weight.default"), strict=True):
+            assert (op in graph) == ours
+            assert ("mp_cat_silu_only" in graph) == ours
+        assert ("[3, 2]" in graphs[0]) == ours
+    torch.compiler.reset()
+
+
 def test_wrong_results_are_not_chosen(plans_taken: list[list[int]], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "_FLUSH_BYTES", 16)
     monkeypatch.setattr(tune, "offers", lambda problem, gpu: [[], [1, 1], [2, 1], None])
@@ -340,6 +409,60 @@ def test_heads_are_timed_with_and_without_fusion(plans_taken: list[list[int]], m
         assert timer(small, choice) == 1.0
         assert plans_taken == ([] if taken is None else [taken])
     assert tune.offers(small, GPU)[0] == []
+
+
+@pytest.fixture
+def ops_taken(plans_taken: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for our kernels: which were called, those of an MP-Cat's halves among them."""
+    taken: list[str] = []
+    cat_module = importlib.import_module("edm2ext.ops.mp_cat_conv2d")
+
+    def noted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            taken.append(name)
+            return function(*arguments)
+
+        return call
+
+    joined = reference.mp_cat
+    standing_in = {
+        "mp_cat": lambda a, b, t: joined(a, b, t),
+        "mp_cat_silu": lambda a, b, t: joined(a, b, t, silu=True),
+        "mp_cat_silu_only": lambda a, b, t: joined(a, b, t, silu=True)[1],
+        "mp_cat_conv2d": lambda a, b, w, t, plan: F.conv2d(joined(a, b, t), w),
+        "mp_cat_conv2d_backward_weight": lambda grad, a, b, t, plan: module._mp_conv2d_backward_weight(
+            grad, joined(a, b, t), 1, 1, plan
+        ),
+    }
+    for name, function in standing_in.items():
+        monkeypatch.setattr(cat_module, f"_{name}", noted(name, function))
+    for name in ("mp_conv2d", "mp_conv2d_backward_weight"):
+        monkeypatch.setattr(module, f"_{name}", noted(name, getattr(module, f"_{name}")))
+    return taken
+
+
+def test_halves_are_timed_with_all_that_they_save(ops_taken: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "_FLUSH_BYTES", 16)
+    timer = tune.Timer("cpu")
+    monkeypatch.setattr(timer, "time", lambda: 1.0)
+    problem = Problem(0, 2, 3, 4, 96, 16, 1, 1, torch.bfloat16, "", True, cat=64)
+    halves = ["mp_cat_conv2d", "mp_cat_silu_only"]
+    for keep, choice, taken in (
+        (True, [], [*halves, "mp_cat_conv2d_backward_weight", "mp_conv2d_backward_weight"]),  # of the stand-in
+        (True, None, ["mp_cat_silu", "mp_conv2d", "mp_conv2d_backward_weight"]),
+        (False, [3, 2], halves),
+        (False, None, ["mp_cat_silu", "mp_conv2d"]),
+    ):
+        of = problem._replace(keep=keep)
+        timer(of, None)  # what is expected
+        ops_taken.clear()
+        assert timer(of, choice) == 1.0
+        assert ops_taken == taken
+    grad_w = problem._replace(direction=2, keep=False)
+    timer(grad_w, None)
+    ops_taken.clear()
+    timer(grad_w, None)
+    assert ops_taken == ["mp_cat", "mp_conv2d_backward_weight"]
 
 
 def test_command_line(monkeypatch: pytest.MonkeyPatch):

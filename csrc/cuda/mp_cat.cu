@@ -21,7 +21,8 @@ int64_t blocks_for(const CatRows& units) { return ceil_div(units.rows * (units.s
 template <typename T>
 cudaError_t forward(const MPCatParams& params, cudaStream_t stream) {
   const int64_t bytes = params.rows * (params.size_a + params.size_b) * int64_t{sizeof(T)};
-  const Traffic traffic{bytes, params.out_silu != nullptr ? 2 * bytes : bytes};
+  const int outputs = (params.out != nullptr ? 1 : 0) + (params.out_silu != nullptr ? 1 : 0);
+  const Traffic traffic{bytes, outputs * bytes};
   return in_units<T>(
       params,
       [&](const CatRows& units, auto width) {
@@ -42,10 +43,11 @@ cudaError_t backward(const MPCatBackwardParams& params, cudaStream_t stream) {
       [&](const CatRows& units, auto width) {
         return launch(mp_cat_backward_units<T, width>, blocks_for(units), kThreads, stream, traffic,
                       static_cast<const T*>(params.grad_out), static_cast<const T*>(params.grad_silu),
-                      static_cast<const T*>(params.out), static_cast<T*>(params.grad_a), static_cast<T*>(params.grad_b),
+                      static_cast<const T*>(params.out), static_cast<const T*>(params.a),
+                      static_cast<const T*>(params.b), static_cast<T*>(params.grad_a), static_cast<T*>(params.grad_b),
                       units, static_cast<float>(params.weight_a), static_cast<float>(params.weight_b));
       },
-      params.grad_out, params.grad_silu, params.out, params.grad_a, params.grad_b);
+      params.grad_out, params.grad_silu, params.out, params.a, params.b, params.grad_a, params.grad_b);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// MP-Cat (Eq. 103), concat(weight_a * a, weight_b * b) along channels, optionally with MP-SiLU of the result, and its
+// MP-Cat (Eq. 103), concat(weight_a * a, weight_b * b) along channels, with MP-SiLU of the result or that only, and its
 // backward.
 //
 // The grid walks over the concatenation in units of a 16-byte pack, or of one element where the inputs' rows are not
@@ -58,7 +58,7 @@ __device__ Floats<N> rounded(const Floats<N>& values) {
   return map([](float v) { return to_float(from_float<T>(v)); }, values);
 }
 
-/// MP-SiLU, unless out_silu is null, is taken of the product as stored: the backward sees no other.
+/// Of out and out_silu either may be null. MP-SiLU is taken of the product as stored: the backward sees no other.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     mp_cat_units(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, T* __restrict__ out_silu,
@@ -67,23 +67,28 @@ __global__ void __launch_bounds__(kThreads)
     const T* part = walk.in_a() ? a : b;
     const float weight = walk.in_a() ? weight_a : weight_b;
     const auto y = rounded<T>(load<N>(part + walk.unit_of_part() * N) * weight);
-    store(out + walk.unit() * N, y);
+    if (out != nullptr) store(out + walk.unit() * N, y);
     if (out_silu != nullptr) store(out_silu + walk.unit() * N, mp_silu(y));
   }
 }
 
-/// grad_silu and out are null if MP-SiLU was not emitted.
+/// grad_silu is null if MP-SiLU was not emitted; else out is, or, if it is null, a and b are read instead.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     mp_cat_backward_units(const T* __restrict__ grad_out, const T* __restrict__ grad_silu, const T* __restrict__ out,
-                          T* __restrict__ grad_a, T* __restrict__ grad_b, CatRows rows, float weight_a,
-                          float weight_b) {
+                          const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ grad_a,
+                          T* __restrict__ grad_b, CatRows rows, float weight_a, float weight_b) {
   for (CatWalk walk(rows); !walk.done(); walk.advance()) {
     const int64_t at = walk.unit() * N;
+    const int64_t at_part = walk.unit_of_part() * N;
+    const float weight = walk.in_a() ? weight_a : weight_b;
     auto grad = load<N>(grad_out + at);
-    if (grad_silu != nullptr) grad = grad + load<N>(grad_silu + at) * mp_silu_grad(load<N>(out + at));
-    T* part = walk.in_a() ? grad_a : grad_b;
-    store(part + walk.unit_of_part() * N, grad * (walk.in_a() ? weight_a : weight_b));
+    if (grad_silu != nullptr) {
+      const T* part = walk.in_a() ? a : b;
+      const auto y = out != nullptr ? load<N>(out + at) : rounded<T>(load<N>(part + at_part) * weight);
+      grad = grad + load<N>(grad_silu + at) * mp_silu_grad(y);
+    }
+    store((walk.in_a() ? grad_a : grad_b) + at_part, grad * weight);
   }
 }
 

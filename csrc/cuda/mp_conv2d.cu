@@ -5,6 +5,18 @@
 namespace edm2::cuda {
 namespace {
 
+/// Whether these are halves that there are kernels for.
+bool are_halves(const ConvShape& shape, const ConvHalves& halves) {
+  const int64_t in_b = shape.in - halves.in_a;
+  return shape.taps() == 1 && halves.in_a > 0 && in_b > 0 && halves.in_a % kConvHalf == 0 && in_b % kConvHalf == 0;
+}
+
+template <typename T>
+CatHalves<T> halves_of(const ConvHalves& halves) {
+  return {static_cast<const T*>(halves.b), static_cast<int>(halves.in_a), static_cast<float>(halves.weight_a),
+          static_cast<float>(halves.weight_b), static_cast<float>(halves.weight_a / halves.weight_b)};
+}
+
 bool fits(const ConvShape& shape) {
   const bool odd = shape.kernel_height % 2 == 1 && shape.kernel_width % 2 == 1;
   return odd && shape.in % kConvChannels == 0 && shape.out % kConvChannels == 0 && shape.taps() <= kConvMostTaps &&
@@ -19,33 +31,44 @@ ConvSizes sizes_of(const ConvShape& shape) {
           narrow(shape.kernel_width), divisor(shape.height), divisor(shape.width)};
 }
 
+template <ConvDirection Direction, bool Cat, typename T>
+cudaError_t launch_portable(int tile, const ConvArguments<T>& args, cudaStream_t stream, Traffic traffic) {
+  static_assert(kConvTileCount == 4);
+  switch (tile) {
+    case 0:
+      return launch_conv_tiles<Direction, 0, Cat>(args, stream, traffic);
+    case 1:
+      return launch_conv_tiles<Direction, 1, Cat>(args, stream, traffic);
+    case 2:
+      return launch_conv_tiles<Direction, 2, Cat>(args, stream, traffic);
+    default:
+      return launch_conv_tiles<Direction, 3, Cat>(args, stream, traffic);
+  }
+}
+
 template <ConvDirection Direction, typename T>
 cudaError_t launch_tiles([[maybe_unused]] const ConvShape& shape, int tile, const ConvArguments<T>& args,
                          cudaStream_t stream, Traffic traffic) {
-  static_assert(kConvTileCount == 4 && kConvWgmmaTileCount == 2);
-  switch (tile) {
-#if defined(EDM2_CONV_WGMMA)
-    case 4:
-      return launch_conv_wgmma<Direction, 0>(shape, args, stream, traffic);
-    case 5:
-      return launch_conv_wgmma<Direction, 1>(shape, args, stream, traffic);
-#endif
-    case 0:
-      return launch_conv_tiles<Direction, 0>(args, stream, traffic);
-    case 1:
-      return launch_conv_tiles<Direction, 1>(args, stream, traffic);
-    case 2:
-      return launch_conv_tiles<Direction, 2>(args, stream, traffic);
-    default:
-      return launch_conv_tiles<Direction, 3>(args, stream, traffic);
+  if constexpr (Direction != ConvDirection::kBackwardInput) {
+    if (args.halves.b != nullptr) return launch_portable<Direction, true>(tile, args, stream, traffic);
   }
+#if defined(EDM2_CONV_WGMMA)
+  static_assert(kConvWgmmaTileCount == 2);
+  if (tile == kConvTileCount) return launch_conv_wgmma<Direction, 0>(shape, args, stream, traffic);
+  if (tile == kConvTileCount + 1) return launch_conv_wgmma<Direction, 1>(shape, args, stream, traffic);
+#endif
+  return launch_portable<Direction, false>(tile, args, stream, traffic);
 }
 
 /// The product, and the sum of its parts if there are several. `traffic`: of all but the parts.
 template <ConvDirection Direction, typename T>
 cudaError_t run(const ConvShape& shape, const ConvPlan& plan, float* workspace, ConvArguments<T> args,
-                cudaStream_t stream, Traffic traffic) {
+                cudaStream_t stream, Traffic traffic, const ConvHalves& halves = {}) {
   if (!fits(shape)) return cudaErrorInvalidValue;
+  if (halves.b != nullptr) {
+    if (!are_halves(shape, halves) || is_wgmma(plan)) return cudaErrorInvalidValue;
+    args.halves = halves_of<T>(halves);
+  }
   const ConvProduct product = conv_product(Direction, shape, plan);
   if (product.rows == 0) return cudaSuccess;
   if (plan.tile < 0 || plan.tile >= conv_tile_count() || plan.splits < 1 ||
@@ -81,6 +104,7 @@ cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
   const bool heads = params.epilogue == ConvEpilogue::kQKVNorm;
   const bool whole = params.plan.tile == kConvQKVPlan.tile && params.plan.splits == 1;
   if (heads && (!whole || shape.out % (3 * kConvHead) != 0)) return cudaErrorInvalidValue;
+  if (params.halves.b != nullptr && params.epilogue != ConvEpilogue::kNone) return cudaErrorInvalidValue;
   ConvArguments<T> args = {};
   args.a = static_cast<const T*>(params.x);
   args.b = static_cast<const T*>(params.w);
@@ -105,7 +129,7 @@ cudaError_t forward(const MPConv2dParams& params, cudaStream_t stream) {
   const int64_t mask_bytes = params.mask != nullptr ? shape.pixels() * shape.out / kMaskedTogether : 0;
   const int outputs = (params.y != nullptr ? 1 : 0) + (params.out != nullptr || heads ? 1 : 0);
   return run<ConvDirection::kForward>(shape, params.plan, params.workspace, args, stream,
-                                      {x_bytes + w_bytes + extra, outputs * y_bytes + mask_bytes});
+                                      {x_bytes + w_bytes + extra, outputs * y_bytes + mask_bytes}, params.halves);
 }
 
 template <typename T>
@@ -129,7 +153,7 @@ cudaError_t backward_weight(const MPConv2dBackwardWeightParams& params, cudaStre
   args.grad_w = params.grad_w;
   return run<ConvDirection::kBackwardWeight>(
       shape, params.plan, params.workspace, args, stream,
-      {shape.pixels() * (shape.in + shape.out) * 2, shape.in * shape.out * shape.taps() * 4});
+      {shape.pixels() * (shape.in + shape.out) * 2, shape.in * shape.out * shape.taps() * 4}, params.halves);
 }
 
 }  // namespace

@@ -74,6 +74,16 @@ struct ConvOutput {
   float eps;
 };
 
+/// The second half of an MP-Cat of which the activations x are the first.
+template <typename T>
+struct CatHalves {
+  const T* b;
+  int in_a;  // channels of the first
+  float weight_a;
+  float weight_b;
+  float a_to_b;  // weight_a / weight_b
+};
+
 template <typename T>
 struct ConvArguments {
   const T* a;  // activations: x, or the gradient of y
@@ -86,6 +96,7 @@ struct ConvArguments {
   float* parts;   // [splits, rows, columns] if there are several
   float* grad_w;  // of the weight gradient
   ConvOutput<T> output;
+  CatHalves<T> halves;
 };
 
 // ---- where the sum stands ----
@@ -312,11 +323,78 @@ class PixelColumns {
   int64_t ahead_[Share::kPackCount];  // elements to its channel
 };
 
-template <ConvDirection Direction, typename Tile, typename T>
+/// Rows of pixels of an MP-Cat's halves, for a filter of one tap. A step lies in one half.
+template <typename Tile, typename T>
+class HalvesRows {
+ public:
+  using Shared = OperandTile<Tile::kRows, false>;
+
+  __device__ HalvesRows(const T* a, const CatHalves<T>& halves, int first_pixel)
+      : a_(a), halves_(halves), pixel_(first_pixel + Share::row()) {}
+
+  __device__ void copy(unsigned char* tile, const ConvSizes& sizes, const FilterStep& step) const {
+    const bool in_b = step.channel >= halves_.in_a;
+    const int channels = in_b ? sizes.in - halves_.in_a : halves_.in_a;
+    const int channel = (in_b ? step.channel - halves_.in_a : step.channel) + Share::pack() * kConvPack;
+    const T* source = (in_b ? halves_.b : a_) + (int64_t{pixel_} * channels + channel);
+#pragma unroll
+    for (int i = 0; i < Share::kRowCount; ++i) {
+      copy_async(tile + Shared::at(Share::row() + i * Share::kRowStep, Share::pack()),
+                 source + int64_t{i} * Share::kRowStep * channels, pixel_ + i * Share::kRowStep < sizes.pixels);
+    }
+  }
+
+ private:
+  using Share = CopyShare<Tile::kThreads, Tile::kRows, Shared::kPacks>;
+
+  const T* a_;
+  const CatHalves<T>& halves_;
+  int pixel_;
+};
+
+/// The same for the weight's gradient: a row per pixel, over which it sums, and a column per channel.
+template <typename Tile, typename T>
+class HalvesColumns {
+ public:
+  using Shared = OperandTile<Tile::kColumns, true>;
+
+  __device__ HalvesColumns(const T* a, const CatHalves<T>& halves, const ConvSizes& sizes, int first_column) {
+#pragma unroll
+    for (int j = 0; j < Share::kPackCount; ++j) {
+      const int column = first_column + (Share::pack() + j * Share::kLanes) * kConvPack;
+      const bool in_b = column >= halves.in_a;
+      sources_[j] = in_b ? halves.b + (column - halves.in_a) : a + column;
+      channels_[j] = in_b ? sizes.in - halves.in_a : halves.in_a;
+      ends_[j] = column < sizes.in ? sizes.pixels : 0;
+    }
+  }
+
+  __device__ void copy(unsigned char* tile, const ConvSizes&, const PixelStep& step) const {
+#pragma unroll
+    for (int i = 0; i < Share::kRowCount; ++i) {
+      const int row = Share::row() + i * Share::kRowStep;
+      const int pixel = step.pixel + row;
+#pragma unroll
+      for (int j = 0; j < Share::kPackCount; ++j) {
+        copy_async(tile + Shared::at(row, Share::pack() + j * Share::kLanes),
+                   sources_[j] + int64_t{pixel} * channels_[j], pixel < ends_[j]);
+      }
+    }
+  }
+
+ private:
+  using Share = CopyShare<Tile::kThreads, kConvDepth, Shared::kPacks>;
+
+  const T* sources_[Share::kPackCount];  // at the first pixel
+  int channels_[Share::kPackCount];      // of the half
+  int ends_[Share::kPackCount];          // pixels, none beyond the last channel
+};
+
+template <ConvDirection Direction, bool Cat, typename Tile, typename T>
 struct Operands;
 
 template <typename Tile, typename T>
-struct Operands<ConvDirection::kForward, Tile, T> {
+struct Operands<ConvDirection::kForward, false, Tile, T> {
   using Step = FilterStep;
   PixelRows<Tile, T> a;
   FilterRows<Tile, T> b;
@@ -326,7 +404,17 @@ struct Operands<ConvDirection::kForward, Tile, T> {
 };
 
 template <typename Tile, typename T>
-struct Operands<ConvDirection::kBackwardInput, Tile, T> {
+struct Operands<ConvDirection::kForward, true, Tile, T> {
+  using Step = FilterStep;
+  HalvesRows<Tile, T> a;
+  FilterRows<Tile, T> b;
+
+  __device__ Operands(const ConvArguments<T>& args, int row, int column)
+      : a(args.a, args.halves, row), b(args.b, args.sizes, column) {}
+};
+
+template <typename Tile, typename T>
+struct Operands<ConvDirection::kBackwardInput, false, Tile, T> {
   using Step = FilterStep;
   PixelRows<Tile, T> a;
   FilterColumns<Tile, T> b;
@@ -336,13 +424,23 @@ struct Operands<ConvDirection::kBackwardInput, Tile, T> {
 };
 
 template <typename Tile, typename T>
-struct Operands<ConvDirection::kBackwardWeight, Tile, T> {
+struct Operands<ConvDirection::kBackwardWeight, false, Tile, T> {
   using Step = PixelStep;
   GradientColumns<Tile, T> a;
   PixelColumns<Tile, T> b;
 
   __device__ Operands(const ConvArguments<T>& args, int row, int column)
       : a(args.a, args.sizes, row), b(args.b, args.sizes, column) {}
+};
+
+template <typename Tile, typename T>
+struct Operands<ConvDirection::kBackwardWeight, true, Tile, T> {
+  using Step = PixelStep;
+  GradientColumns<Tile, T> a;
+  HalvesColumns<Tile, T> b;
+
+  __device__ Operands(const ConvArguments<T>& args, int row, int column)
+      : a(args.a, args.sizes, row), b(args.b, args.halves, args.sizes, column) {}
 };
 
 // ---- the product ----
@@ -354,6 +452,18 @@ struct Sums {
   static constexpr int kWide = Tile::kWarpColumns / 8;
   float piece[kHigh][kWide][4];
 };
+
+template <typename Tile>
+__device__ void scale(Sums<Tile>& sums, float by) {
+#pragma unroll
+  for (auto& row : sums.piece) {
+#pragma unroll
+    for (auto& piece : row) {
+#pragma unroll
+      for (float& sum : piece) sum *= by;
+    }
+  }
+}
 
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
@@ -388,11 +498,12 @@ __device__ inline unsigned char* shared_stages() {
 }
 
 /// Adds so many steps from `first` on to the sums. Afterwards nobody in the block reads shared memory any more, nor is
-/// anything copied to it.
-template <ConvDirection Direction, typename Tile, typename T>
+/// anything copied to it. Sums over an MP-Cat's channels want to be multiplied by the weight of the half that they end
+/// in.
+template <ConvDirection Direction, bool Cat, typename Tile, typename T>
 __device__ void multiply_tiles(const ConvArguments<T>& args, int row, int column, int first, int count,
                                unsigned char* shared, Sums<Tile>& sums) {
-  using Operands = Operands<Direction, Tile, T>;
+  using Operands = Operands<Direction, Cat, Tile, T>;
   using SharedA = typename decltype(Operands::a)::Shared;
   using SharedB = typename decltype(Operands::b)::Shared;
   constexpr int kStageBytes = SharedA::kBytes + SharedB::kBytes;
@@ -429,6 +540,9 @@ __device__ void multiply_tiles(const ConvArguments<T>& args, int row, int column
   int stage = 0;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
+    if constexpr (Cat && Direction == ConvDirection::kForward) {
+      if ((first + i) * kConvDepth == args.halves.in_a) scale(sums, args.halves.a_to_b);
+    }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (part == kParts - 1) {
@@ -452,6 +566,26 @@ __device__ void multiply_tiles(const ConvArguments<T>& args, int row, int column
       }
       if (part == 0) copy_step();  // now, when fewest registers are in use
     }
+  }
+}
+
+/// Multiplies sums of an MP-Cat's halves by the halves' weights: those of the weight's gradient by column, others, over
+/// steps up to `last`, by the half that they end in.
+template <ConvDirection Direction, typename Tile, typename T>
+__device__ void weigh_halves(const ConvArguments<T>& args, int column, int last, Sums<Tile>& sums) {
+  const CatHalves<T>& halves = args.halves;
+  if constexpr (Direction == ConvDirection::kBackwardWeight) {
+#pragma unroll
+    for (int j = 0; j < Sums<Tile>::kWide; ++j) {
+      const float weight = column + warp_column<Tile>() + j * 8 < halves.in_a ? halves.weight_a : halves.weight_b;
+#pragma unroll
+      for (int i = 0; i < Sums<Tile>::kHigh; ++i) {
+#pragma unroll
+        for (float& sum : sums.piece[i][j]) sum *= weight;
+      }
+    }
+  } else {
+    scale(sums, last * kConvDepth <= halves.in_a ? halves.weight_a : halves.weight_b);
   }
 }
 
@@ -584,8 +718,8 @@ __device__ void store_heads(const ConvArguments<T>& args, int row, int column, u
   }
 }
 
-/// A block per split and tile; neighbours share rows.
-template <ConvDirection Direction, int TileIndex, typename T>
+/// A block per split and tile; neighbours share rows. Cat: x is an MP-Cat's halves.
+template <ConvDirection Direction, int TileIndex, bool Cat, typename T>
 __global__ void __launch_bounds__(BlockTile<TileIndex>::kThreads, BlockTile<TileIndex>::kTile.blocks)
     mp_conv2d_tiles(const __grid_constant__ ConvArguments<T> args) {
   using Tile = BlockTile<TileIndex>;
@@ -599,8 +733,10 @@ __global__ void __launch_bounds__(BlockTile<TileIndex>::kThreads, BlockTile<Tile
   const auto first = static_cast<int>(int64_t{args.steps} * split / args.splits);
   const auto last = static_cast<int>(int64_t{args.steps} * (split + 1) / args.splits);
   Sums<Tile> sums = {};
-  multiply_tiles<Direction>(args, row, column, first, last - first, shared, sums);
-  if constexpr (Direction == ConvDirection::kForward && TileIndex == kConvQKVPlan.tile) {
+  multiply_tiles<Direction, Cat>(args, row, column, first, last - first, shared, sums);
+  if constexpr (Cat) {
+    weigh_halves<Direction>(args, column, last, sums);
+  } else if constexpr (Direction == ConvDirection::kForward && TileIndex == kConvQKVPlan.tile) {
     if (args.output.epilogue == ConvEpilogue::kQKVNorm) return store_heads<Tile>(args, row, column, shared, sums);
   }
   store_tile<Direction>(args, row, column, split, shared, sums);

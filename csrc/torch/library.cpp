@@ -30,6 +30,8 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def("mp_cat_backward(Tensor grad, int channels_a, float t) -> (Tensor, Tensor)");
   m.def("mp_cat_silu(Tensor a, Tensor b, float t) -> (Tensor, Tensor)");
   m.def("mp_cat_silu_backward(Tensor grad, Tensor grad_silu, Tensor out, int channels_a, float t) -> (Tensor, Tensor)");
+  m.def("mp_cat_silu_only(Tensor a, Tensor b, float t) -> Tensor");
+  m.def("mp_cat_silu_only_backward(Tensor grad, Tensor grad_silu, Tensor a, Tensor b, float t) -> (Tensor, Tensor)");
 
   // mp_fourier
   m.def("mp_fourier(Tensor x, Tensor freqs, Tensor phases) -> Tensor");
@@ -67,6 +69,8 @@ STABLE_TORCH_LIBRARY(edm2, m) {
   m.def(
       "mp_conv2d_sum(Tensor x, Tensor w, Tensor skip, float t, float clip, bool mask, int[] plan) -> (Tensor, Tensor)");
   m.def("mp_conv2d_qkv_norm(Tensor x, Tensor w, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("mp_cat_conv2d(Tensor a, Tensor b, Tensor w, float t, int[] plan) -> Tensor");
+  m.def("mp_cat_conv2d_backward_weight(Tensor grad, Tensor a, Tensor b, float t, int[] plan) -> Tensor");
 
   // cosine_attention
   m.def("qkv_norm(Tensor qkv, int heads, float eps) -> (Tensor, Tensor, Tensor)");

@@ -36,7 +36,15 @@ inline Tensor empty_with_channels(const View& like, int64_t channels, const char
   return empty(like, sizes, like.dim, like.format, like.scalar_type);
 }
 
-/// The parameters of a call on a and b, b in a's format. Allocates the output, and that for MP-SiLU unless it is null.
+/// Raises unless a tensor has a's shape with so many channels.
+inline void check_images_of(const View& a, const View& got, int64_t channels, const char* op, const char* argument) {
+  bool fits = got.dim == a.dim && got.sizes[1] == channels;
+  for (int64_t i = 0; fits && i < a.dim; ++i) fits = i == 1 || a.sizes[i] == got.sizes[i];
+  EDM2_CHECK(fits, op, argument, "expected ", channels, " channels and otherwise the shape of a, that is ", a.shape(),
+             ", got ", got.shape());
+}
+
+/// The parameters of a call on a and b, b in a's format. Allocates the output, and that for MP-SiLU, unless null.
 inline MPCatParams cat_params(const View& a, const View& b, double t, DType dtype, Tensor* out, Tensor* out_silu,
                               const char* op) {
   const Activation shape_a = activation_of(a, op, "a");
@@ -48,19 +56,20 @@ inline MPCatParams cat_params(const View& a, const View& b, double t, DType dtyp
   EDM2_CHECK(shape_a.channels > 0 && shape_b.channels > 0, op, "a, b", "expected at least one channel each, got ",
              a.shape(), " and ", b.shape());
   const int64_t channels = shape_a.channels + shape_b.channels;
-  *out = empty_with_channels(a, channels, op, "a");
+  if (out != nullptr) *out = empty_with_channels(a, channels, op, "a");
   if (out_silu != nullptr) *out_silu = empty_with_channels(a, channels, op, "a");
   MPCatParams params{};
   params.a = a.data();
   params.b = b.data();
-  params.out = address(*out);
+  params.out = out != nullptr ? address(*out) : nullptr;
   params.out_silu = out_silu != nullptr ? address(*out_silu) : nullptr;
   params.dtype = dtype;
   set_rows(&params, shape_a, shape_a.channels, shape_b.channels, t);
   return params;
 }
 
-/// The same for the backward, grad_silu and out null if MP-SiLU was not emitted. Allocates both gradients.
+/// The same for the backward, grad_silu null if MP-SiLU was not emitted, and out if it was not stored. Allocates both
+/// gradients.
 inline MPCatBackwardParams cat_backward_params(const View& grad, const View* grad_silu, const View* out,
                                                int64_t channels_a, double t, DType dtype, Tensor* grad_a,
                                                Tensor* grad_b, const char* op) {
@@ -72,10 +81,8 @@ inline MPCatBackwardParams cat_backward_params(const View& grad, const View* gra
   *grad_b = empty_with_channels(grad, channels_b, op, "grad");
   MPCatBackwardParams params{};
   params.grad_out = grad.data();
-  if (grad_silu != nullptr) {
-    params.grad_silu = grad_silu->data();
-    params.out = out->data();
-  }
+  if (grad_silu != nullptr) params.grad_silu = grad_silu->data();
+  if (out != nullptr) params.out = out->data();
   params.grad_a = address(*grad_a);
   params.grad_b = address(*grad_b);
   params.dtype = dtype;

@@ -6,6 +6,7 @@
 #include "cuda_support.h"
 #include "edm2/mp_conv2d.h"
 #include "edm2/mp_conv2d_plan.h"
+#include "mp_cat.h"
 #include "mp_sum.h"
 
 namespace edm2::torch_ops {
@@ -48,8 +49,9 @@ ConvShape conv_shape(const View& image, int64_t in, int64_t out, int64_t kernel_
   return shape;
 }
 
-/// The plan asked for, or the one for x's GPU.
-ConvPlan chosen(ConvDirection direction, const ConvShape& shape, const Plan& plan, const View& x, const char* op) {
+/// The plan asked for, with one of so many tiles, or the one for x's GPU.
+ConvPlan chosen(ConvDirection direction, const ConvShape& shape, const Plan& plan, const View& x, const char* op,
+                int tiles = cuda::conv_tile_count()) {
   ConvPlan result{0, 1};
   if (plan.empty()) {
     int error = 0;
@@ -60,7 +62,6 @@ ConvPlan chosen(ConvDirection direction, const ConvShape& shape, const Plan& pla
     }
     return result;
   }
-  const int tiles = cuda::conv_tile_count();
   const bool known = plan.size() == 2 && plan[0] >= 0 && plan[0] < tiles;
   if (known) result.tile = static_cast<int>(plan[0]);
   const int64_t steps = conv_product(direction, shape, result).steps;
@@ -231,6 +232,66 @@ Tensor mp_conv2d_backward_weight(const Tensor& grad, const Tensor& x_, int64_t k
   return grad_w;
 }
 
+/// The halves of mp_cat(a, b, t).
+struct Halves {
+  View a;
+  View b;
+  ConvHalves params;
+
+  int64_t channels() const { return a.sizes[1] + b.sizes[1]; }
+};
+
+Halves halves_of(const Tensor& a_, const Tensor& b_, double t, const char* op) {
+  const View a = activation(a_, op, "a");
+  const View b = operand(b_, a, op, "b");
+  check_images_of(a, b, b.sizes[1], op, "b");
+  for (const auto& [half, argument] : {std::pair(&a, "a"), std::pair(&b, "b")}) {
+    EDM2_CHECK(half->sizes[1] > 0 && half->sizes[1] % kConvHalf == 0, op, argument, "expected a multiple of ",
+               kConvHalf, " channels, got shape ", half->shape());
+  }
+  EDM2_CHECK(t >= kConvLeastBalance && t <= 1 - kConvLeastBalance, op, "t", "expected ", kConvLeastBalance, " to ",
+             1 - kConvLeastBalance, ", got ", t);
+  const auto [weight_a, weight_b] = cat_weights(t, a.sizes[1], b.sizes[1]);
+  return {a, b, {b.data(), a.sizes[1], weight_a, weight_b}};
+}
+
+/// The 1x1 convolution of mp_cat(a, b, t).
+Tensor mp_cat_conv2d(const Tensor& a, const Tensor& b, const Tensor& w_, double t, const Plan& plan_) {
+  const char* op = "mp_cat_conv2d";
+  const Halves x = halves_of(a, b, t, op);
+  const View w = operand(w_, x.a, op, "w");
+  EDM2_CHECK(w.sizes[1] == x.channels() && w.sizes[2] == 1 && w.sizes[3] == 1, op, "w", "expected shape [out, ",
+             x.channels(), ", 1, 1], got ", w.shape());
+  const ConvShape shape = conv_shape(x.a, x.channels(), w.sizes[0], 1, 1, op);
+  const ConvPlan plan = chosen(ConvDirection::kForward, shape, plan_, x.a, op, kConvTileCount);
+  const Tensor parts = parts_of(ConvDirection::kForward, shape, plan, x.a);
+  const Tensor y = empty_image(x.a, shape.out);
+  MPConv2dParams params{
+      x.a.data(), w.data(), address(y), shape, storage_of(x.a), plan, static_cast<float*>(address(parts))};
+  params.halves = x.params;
+  run_cuda(x.a, op, [&](CUstream_st* stream) { return cuda::launch_mp_conv2d(params, stream); });
+  return y;
+}
+
+/// In float32.
+Tensor mp_cat_conv2d_backward_weight(const Tensor& grad, const Tensor& a, const Tensor& b, double t,
+                                     const Plan& plan_) {
+  const char* op = "mp_cat_conv2d_backward_weight";
+  const Halves x = halves_of(a, b, t, op);
+  const View grad_y = operand(grad, x.a, op, "grad");
+  check_images_of(x.a, grad_y, grad_y.sizes[1], op, "grad");
+  const ConvShape shape = conv_shape(x.a, x.channels(), grad_y.sizes[1], 1, 1, op);
+  const ConvPlan plan = chosen(ConvDirection::kBackwardWeight, shape, plan_, x.a, op, kConvTileCount);
+  const Tensor parts = parts_of(ConvDirection::kBackwardWeight, shape, plan, x.a);
+  const int64_t sizes[] = {shape.out, shape.in, 1, 1};
+  const Tensor grad_w = empty(x.a, sizes, 4, Format::kChannelsLast, ScalarType::Float);
+  const MPConv2dBackwardWeightParams params{
+      grad_y.data(),   x.a.data(), static_cast<float*>(address(grad_w)), shape,
+      storage_of(x.a), plan,       static_cast<float*>(address(parts)),  x.params};
+  run_cuda(x.a, op, [&](CUstream_st* stream) { return cuda::launch_mp_conv2d_backward_weight(params, stream); });
+  return grad_w;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(edm2, CUDA, m) {
@@ -240,6 +301,8 @@ STABLE_TORCH_LIBRARY_IMPL(edm2, CUDA, m) {
   m.impl("mp_conv2d_silu_modulated", TORCH_BOX(&mp_conv2d_silu_modulated));
   m.impl("mp_conv2d_sum", TORCH_BOX(&mp_conv2d_sum));
   m.impl("mp_conv2d_qkv_norm", TORCH_BOX(&mp_conv2d_qkv_norm));
+  m.impl("mp_cat_conv2d", TORCH_BOX(&mp_cat_conv2d));
+  m.impl("mp_cat_conv2d_backward_weight", TORCH_BOX(&mp_cat_conv2d_backward_weight));
 }
 
 }  // namespace edm2::torch_ops

@@ -11,6 +11,7 @@ from edm2ext.ops.cosine_attention import cosine_attention
 from edm2ext.ops.denoising_loss import denoising_loss
 from edm2ext.ops.ema_update import ema_update_
 from edm2ext.ops.mp_cat import mp_cat
+from edm2ext.ops.mp_cat_conv2d import CatWith, mp_cat_conv2d
 from edm2ext.ops.mp_conv2d import CosineAttention, ModulatedSiLU, SumWith, mp_conv2d, mp_linear
 from edm2ext.ops.mp_fourier import mp_fourier
 from edm2ext.ops.mp_silu import mp_silu, mp_silu_modulated
@@ -24,6 +25,7 @@ from edm2ext.ops.resample_down_pixel_norm import resample_down_pixel_norm
 from edm2ext.ops.sampler_step import NetworkInput, sampler_step
 
 __all__ = [
+    "CatWith",
     "CosineAttention",
     "ModulatedSiLU",
     "NetworkInput",
@@ -35,6 +37,7 @@ __all__ = [
     "ema_update_",
     "force_normalize_",
     "mp_cat",
+    "mp_cat_conv2d",
     "mp_conv2d",
     "mp_fourier",
     "mp_linear",

@@ -8,7 +8,9 @@ import torch
 
 DIRECTIONS = ("forward", "grad x", "grad w")
 FOLLOWING = ("", "silu", "sum", "qkv")
-Choice = list[int] | None  # a plan of our kernels (empty: the one that the library makes), or None: torch's convolution
+# A plan of our kernels (empty: the one that the library makes), or None: torch's convolution; of an MP-Cat's halves:
+# that these are joined, and the convolution of the result, a problem of its own, is computed as was chosen for it.
+Choice = list[int] | None
 LIBRARYS_OWN: list[int] = []
 
 
@@ -26,6 +28,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     follows: str = ""  # of FOLLOWING: what a forward pass does with the result
     keep: bool = False  # and whether it keeps what the backward pass reads: the convolution, or a clipped sum's mask
+    cat: int = 0  # channels of the first half, where x is an MP-Cat's halves; keep: the weight's gradient reads x too
 
     @property
     def is_whole(self) -> bool:
@@ -33,11 +36,24 @@ class Problem(NamedTuple):
         return self.channels % 8 == 0 and self.out % 8 == 0
 
     def __str__(self) -> str:
-        """For example "forward 32x64x64 192->384 3x3 float16 sum keep"."""
-        sizes = f"{self.batch}x{self.height}x{self.width} {self.channels}->{self.out}"
+        """For example "forward 32x64x64 192->384 3x3 float16 sum keep"; of halves "192+192->192"."""
+        channels = f"{self.cat}+{self.channels - self.cat}" if self.cat else str(self.channels)
+        sizes = f"{self.batch}x{self.height}x{self.width} {channels}->{self.out}"
         words = [DIRECTIONS[self.direction], sizes, f"{self.kernel_height}x{self.kernel_width}"]
         words += [str(self.dtype).removeprefix("torch."), self.follows, "keep" if self.keep else ""]
         return " ".join(filter(None, words))
+
+
+def alternatives(problem: Problem) -> list[Problem]:
+    """What must be chosen for before, because the problem's own choice is between that and reading halves: the same of
+    the concatenation, and for a forward pass the weight's gradients that it leads to."""
+    if not problem.cat:
+        return []
+    whole = problem._replace(keep=False, cat=0)
+    if problem.direction > 0:
+        return [whole]
+    gradients = [whole._replace(direction=2), problem._replace(direction=2, keep=False)] if problem.keep else []
+    return [whole, *gradients]
 
 
 _chosen: dict[Problem, Choice] = {}

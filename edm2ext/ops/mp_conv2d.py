@@ -36,6 +36,10 @@ _TENSOR_CORES = backend.kernels(
     "mp_conv2d_silu_modulated",
     "mp_conv2d_sum",
     "mp_conv2d_qkv_norm",
+    "mp_cat_conv2d",
+    "mp_cat_conv2d_backward_weight",
+    "mp_cat_silu_only",
+    "mp_cat_silu_only_backward",
     "mp_silu_modulated",
     "mp_silu_modulated_backward",
     "mp_sum",
@@ -125,7 +129,7 @@ def mp_conv2d(
     """
     pad = checks.conv_arguments(x, w, gain, prepared, padding, dilation, groups)
     dtype = product_dtype(x)
-    if _has_kernel(x, w, dtype, stride, pad, dilation, groups):
+    if on_tensor_cores(x, w, dtype, stride, pad, dilation, groups):
         if prepared:
             return convolve(x.to(dtype), w, w.to(dtype), 1.0, "effective", then)
         with torch.no_grad():
@@ -156,7 +160,7 @@ def _pair(value: "int | tuple[int, int]") -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _has_kernel(
+def on_tensor_cores(
     x: Tensor,
     w: Tensor,
     dtype: torch.dtype,
@@ -197,7 +201,7 @@ def conv2d_of_prepared(
     is."""
     pad = checks.conv_arguments(x, w, 1, True, "same", dilation, groups)
     dtype = product_dtype(x)
-    if _has_kernel(x, effective, dtype, stride, pad, dilation, groups):
+    if on_tensor_cores(x, effective, dtype, stride, pad, dilation, groups):
         return convolve(x.to(dtype), w, effective.to(dtype), gain, gradients, then)
     if conv_weight_grad.serves(x, w, dtype, stride, pad, dilation, groups):
         y = conv_weight_grad.convolve(x.to(dtype), w, effective.to(dtype), gain, gradients)
@@ -296,11 +300,11 @@ def _padded(t: Tensor, *dims: int) -> Tensor:
     return F.pad(t, [0, missing[3], 0, missing[2], 0, missing[1], 0, missing[0]]) if any(missing) else t
 
 
-def gradient_of_input(grad: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
-    """From the gradient of y; of x only shape and dtype matter."""
+def gradient_of_input(grad: Tensor, kernel: Tensor, x: Tensor | None = None) -> Tensor:
+    """From the gradient of y; x, where somebody has it, spares torch's convolution a stand-in of its shape."""
     plan = conv_choice.choice(_problem(1, grad, kernel))
     if plan is None:
-        return _torchs_gradient(grad, x, kernel, 0)
+        return _torchs_gradient(grad, image_like(grad, kernel.shape[1]) if x is None else x, kernel, 0)
     if _is_whole(kernel):
         return _mp_conv2d_backward_input(grad, kernel, plan)
     grad_x = _mp_conv2d_backward_input(_padded(grad, 1), _padded(kernel, 0, 1), plan)[:, : kernel.shape[1]]
@@ -405,26 +409,26 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
     return found[0], found[1], found[2] if of_gain else None, None if c is None else found[-1]
 
 
-def _image(like: Tensor, channels: int) -> Tensor:
+def image_like(like: Tensor, channels: int) -> Tensor:
     """What a native op allocates for an activation."""
     shape = (like.shape[0], channels, *like.shape[2:])
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _nothing_or(keep: bool, like: Tensor, channels: int) -> Tensor:
-    return _image(like, channels) if keep else like.new_empty(0)
+    return image_like(like, channels) if keep else like.new_empty(0)
 
 
 @backend.fake("mp_conv2d")
 def fake_forward(x: Tensor, w: Tensor, gain: Tensor | None, plan: list[int]) -> Tensor:
     torch._check(x.dim() == 4 and w.dim() == 4 and x.shape[1] == w.shape[1])
-    return _image(x, w.shape[0])
+    return image_like(x, w.shape[0])
 
 
 @backend.fake("mp_conv2d_backward_input")
 def fake_backward_input(grad: Tensor, w: Tensor, plan: list[int]) -> Tensor:
     torch._check(grad.dim() == 4 and w.dim() == 4 and grad.shape[1] == w.shape[0])
-    return _image(grad, w.shape[1])
+    return image_like(grad, w.shape[1])
 
 
 @backend.fake("mp_conv2d_backward_weight")
@@ -437,7 +441,7 @@ def fake_backward_weight(grad: Tensor, x: Tensor, kernel_height: int, kernel_wid
 @backend.fake("mp_conv2d_silu_modulated")
 def fake_silu_modulated(x: Tensor, w: Tensor, c: Tensor, keep: bool, plan: list[int]) -> tuple[Tensor, Tensor]:
     torch._check(c.dim() == 2 and c.shape[0] == x.shape[0] and c.shape[1] == w.shape[0])
-    return _image(x, w.shape[0]), _nothing_or(keep, x, w.shape[0])
+    return image_like(x, w.shape[0]), _nothing_or(keep, x, w.shape[0])
 
 
 @backend.fake("mp_conv2d_sum")
@@ -446,7 +450,7 @@ def fake_sum(
 ) -> tuple[Tensor, Tensor]:
     torch._check(skip.dim() == 4 and skip.shape[1] == w.shape[0])
     bytes_of_mask = skip.numel() // MASKED_TOGETHER if mask else 0
-    return _image(x, w.shape[0]), x.new_empty([bytes_of_mask], dtype=torch.uint8)
+    return image_like(x, w.shape[0]), x.new_empty([bytes_of_mask], dtype=torch.uint8)
 
 
 @backend.fake("mp_conv2d_qkv_norm")

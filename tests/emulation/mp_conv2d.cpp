@@ -49,6 +49,35 @@ int mp_conv2d_backward_weight(const void* grad_y, const void* x, float* grad_w, 
       {grad_y, x, grad_w, shape_of(sizes), static_cast<DType>(dtype), plan_of(tile, splits), workspace}, nullptr);
 }
 
+/// Of an MP-Cat's halves.
+int mp_cat_conv2d(const void* a, const void* b, const void* w, void* y, const int64_t* sizes, int dtype, int64_t tile,
+                  int64_t splits, float* workspace, int64_t epilogue, int64_t in_a, double weight_a, double weight_b) {
+  MPConv2dParams params{a,
+                        w,
+                        y,
+                        shape_of(sizes),
+                        static_cast<DType>(dtype),
+                        plan_of(tile, splits),
+                        workspace,
+                        static_cast<ConvEpilogue>(epilogue)};
+  params.halves = {b, in_a, weight_a, weight_b};
+  return cuda::launch_mp_conv2d(params, nullptr);
+}
+
+int mp_cat_conv2d_backward_weight(const void* grad_y, const void* a, const void* b, float* grad_w, const int64_t* sizes,
+                                  int dtype, int64_t tile, int64_t splits, float* workspace, int64_t in_a,
+                                  double weight_a, double weight_b) {
+  return cuda::launch_mp_conv2d_backward_weight({grad_y,
+                                                 a,
+                                                 grad_w,
+                                                 shape_of(sizes),
+                                                 static_cast<DType>(dtype),
+                                                 plan_of(tile, splits),
+                                                 workspace,
+                                                 {b, in_a, weight_a, weight_b}},
+                                                nullptr);
+}
+
 /// The plan for a GPU with so many multiprocessors, as 1000 * tile + splits.
 int64_t planned(int64_t direction, const int64_t* sizes, int64_t multiprocessors) {
   const ConvPlan plan =

@@ -143,6 +143,14 @@ def test_mp_cat(ops: SimpleNamespace, shape: tuple[int, ...], layout: str, grad_
             layout,
             grad_layout,
         )
+        check(
+            lambda a, b: (ops.mp_cat(a, b, 0.3), ops.mp_cat_silu_only(a, b, 0.3)),
+            lambda g, s, a, b: ops.mp_cat_silu_only_backward(g, s, a, b, 0.3),
+            lambda a, b: reference.mp_cat(a, b, 0.3, silu=True),
+            [a, b],
+            layout,
+            grad_layout,
+        )
 
 
 def test_mp_cat_backward_of_an_expanded_gradient(ops: SimpleNamespace):

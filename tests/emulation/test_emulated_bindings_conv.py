@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import emulated
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from layouts import LAYOUTS, to_channels_last
 from torch import Tensor
 
-from edm2ext import reference, set_backend
-from edm2ext.ops import CosineAttention, ModulatedSiLU, SumWith, conv_choice, cosine_attention
+from edm2ext import backend, reference, set_backend
+from edm2ext.nn import MPConv, PreparedWeights
+from edm2ext.ops import CatWith, CosineAttention, ModulatedSiLU, SumWith, conv_choice, cosine_attention
 
 
 def conv_operands(dtype: torch.dtype = torch.bfloat16, kernel: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,6 +307,249 @@ def test_second_derivatives(convolve: Callable[..., Tensor], gradients: str):
     truths = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (xd, wd))
     for got, truth in zip(second, truths, strict=True):
         assert (got.double() - truth).norm() < 0.03 * truth.norm()
+
+
+# ---- of an MP-Cat's halves ----
+
+CAT = 0.3
+
+
+@pytest.fixture
+def cat_convolve(
+    ops: SimpleNamespace, convolve: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
+    """edm2ext.ops.mp_cat_conv2d on the emulated kernels, whatever MP-Cat is asked for."""
+    module = importlib.import_module("edm2ext.ops.mp_cat_conv2d")
+    names = ("cat", "cat_silu", "cat_silu_only", "cat_silu_only_backward", "cat_conv2d", "cat_conv2d_backward_weight")
+    for name in names:
+        monkeypatch.setattr(module, f"_mp_{name}", getattr(ops, f"mp_{name}"))
+    cats = importlib.import_module("edm2ext.ops.mp_cat")
+    for name in ("cat_silu", "cat_silu_backward"):
+        monkeypatch.setattr(cats, f"_mp_{name}", getattr(ops, f"mp_{name}"))
+    monkeypatch.setattr(cats, "_KERNELS", backend.Kernels(True, True, True))
+    monkeypatch.setattr(backend, "_CPU_DTYPES", backend._CUDA_DTYPES)
+    monkeypatch.setattr(module, "on_tensor_cores", lambda *arguments: True)
+    yield module.mp_cat_conv2d
+    conv_choice.forget()
+
+
+def cat_operands(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """a, b, w, and gradients of the convolution and of MP-SiLU."""
+    shapes = (2, 64, 5, 6), (2, 32, 5, 6), (16, 96, 1, 1), (2, 16, 5, 6), (2, 96, 5, 6)
+    a, b, w, *grads = (emulated.random_tensor(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes))
+    return [to_channels_last(a), to_channels_last(b), w, *map(to_channels_last, grads)]
+
+
+def cat_problem(direction: int, dtype: torch.dtype, keep: bool = False) -> conv_choice.Problem:
+    return conv_choice.Problem(direction, 2, 5, 6, 96, 16, 1, 1, dtype, "", keep, cat=64)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mp_cat_conv2d(ops: SimpleNamespace, dtype: torch.dtype, layout: str):
+    a, b, w, g, _ = cat_operands(dtype)
+    xd = reference.mp_cat(a.double(), b.double(), CAT).requires_grad_()
+    wd = w.double().requires_grad_()
+    exact = F.conv2d(xd, wd)
+    exact.backward(g.double())
+    a, b, w, g = map(LAYOUTS[layout], (a, b, w, g))
+    for plan in ([], [3, 2], [1, 1]):
+        y = ops.mp_cat_conv2d(a, b, w, CAT, plan)
+        grad_w = ops.mp_cat_conv2d_backward_weight(g, a, b, CAT, plan)
+        assert y.dtype == dtype
+        assert grad_w.dtype == torch.float32
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.double(), exact.detach(), rtol=2**-8, atol=1e-2)
+        torch.testing.assert_close(grad_w.double(), wd.grad, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("gradients", ["raw", "effective"])
+def test_gradients_of_halves(cat_convolve: Callable[..., tuple[Tensor, Tensor]], ops: SimpleNamespace, gradients: str):
+    """Those of a and b and MP-SiLU are the bits that the concatenation gives; the others are nearer to float64."""
+    a, b, w, *grads = cat_operands()
+    gain = torch.tensor(0.7)
+    leaves = [t.detach().requires_grad_() for t in (a, b, w.float(), gain)]
+    raw = gradients == "raw"
+    inputs = leaves if raw else leaves[:3]
+    call = (*leaves[:4], CAT) if raw else (*leaves[:3], 1, CAT)
+    y, x_silu = cat_convolve(*call, prepared=not raw)
+    got = torch.autograd.grad((y, x_silu), inputs, grads)
+    kernel = reference.effective_weight(w.float(), gain, w.dtype) if raw else w
+    x, same = ops.mp_cat_silu(a, b, CAT)
+    assert torch.equal(x_silu, same)
+    grad_x = ops.mp_conv2d_backward_input(grads[0], kernel, [])
+    for grad, same in zip(got, ops.mp_cat_silu_backward(grad_x, grads[1], x, 64, CAT), strict=False):
+        assert torch.equal(grad, same)
+    with torch.no_grad():
+        assert all(map(torch.equal, (y, x_silu), cat_convolve(*call, prepared=not raw)))
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    weight = reference.effective_weight(*exact[2:]) if raw else exact[2]
+    whole = reference.mp_cat_conv2d(*exact[:2], weight, t=CAT, prepared=True)
+    truths = torch.autograd.grad(whole, exact, [g.double() for g in grads])
+    torch.testing.assert_close(y.double(), whole[0], rtol=2**-7, atol=0.02)
+    for grad, truth in zip(got, truths, strict=True):
+        assert grad.dtype in (torch.float32, torch.bfloat16)
+        assert (grad.double() - truth).norm() < 5e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_one_gradient_of_halves_alone(cat_convolve: Callable[..., tuple[Tensor, Tensor]], wanted: int):
+    a, b, w, *grads = cat_operands()
+    leaves = [t.detach().requires_grad_() for t in (a, b, w)]
+    together = torch.autograd.grad(cat_convolve(*leaves, t=CAT, prepared=True), leaves, grads)
+    alone = [leaf if i == wanted else leaf.detach() for i, leaf in enumerate(leaves)]
+    y, x_silu = cat_convolve(*alone, t=CAT, prepared=True)
+    outputs = (y, x_silu)[: 1 if wanted == 2 else 2]
+    if wanted == 2:
+        x_silu = x_silu.detach()
+    (grad,) = torch.autograd.grad(outputs, alone[wanted], grads[: len(outputs)])
+    assert torch.equal(grad, together[wanted])
+    (of_silu,) = torch.autograd.grad(cat_convolve(*leaves, t=CAT, prepared=True)[1], leaves[:1], grads[1])
+    rows = reference.mp_silu(reference.mp_cat(leaves[0].double(), b.double(), CAT))
+    (truth,) = torch.autograd.grad(rows, leaves[0], grads[1].double())
+    assert (of_silu - truth).norm() < 5e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("stored", [(0,), (2,), (0, 2)], ids=str)
+def test_concatenated_where_that_was_chosen(
+    cat_convolve: Callable[..., tuple[Tensor, Tensor]], ops: SimpleNamespace, stored: tuple[int, ...]
+):
+    """For the forward pass, and with it the gradient of the weight, or for that only: the bits of separate ops."""
+    a, b, w, *grads = cat_operands()
+    leaves = [t.detach().requires_grad_() for t in (a, b, w)]
+    x, same = ops.mp_cat_silu(a, b, CAT)
+    with conv_choice.recording() as asked:
+        by_halves = cat_convolve(*leaves, t=CAT, prepared=True)
+        halves_grad = torch.autograd.grad(by_halves, leaves, grads)[2]
+    assert set(asked) >= {cat_problem(0, a.dtype, True), cat_problem(2, a.dtype)}
+    conv_choice.choose({cat_problem(d, a.dtype, keep=d == 0): None for d in stored})
+    y, x_silu = cat_convolve(*leaves, t=CAT, prepared=True)
+    got = torch.autograd.grad((y, x_silu), leaves, grads)
+    assert torch.equal(x_silu, same)
+    assert torch.equal(y, ops.mp_conv2d(x, w, None, []) if 0 in stored else by_halves[0])
+    assert torch.equal(got[2].float(), ops.mp_conv2d_backward_weight(grads[0], x, 1, 1, []).to(w.dtype).float())
+    assert (got[2] - halves_grad).norm() < 0.01 * halves_grad.norm()
+    conv_choice.choose({cat_problem(0, a.dtype): None})
+    with torch.no_grad():
+        assert torch.equal(cat_convolve(a, b, w, t=CAT, prepared=True)[0], ops.mp_conv2d(x, w, None, []))
+
+
+def test_torchs_gradient_of_the_concatenation(cat_convolve: Callable[..., tuple[Tensor, Tensor]]):
+    a, b, w, *grads = cat_operands()
+    leaves = [t.detach().requires_grad_() for t in (a, b, w)]
+    expected = torch.autograd.grad(cat_convolve(*leaves, t=CAT, prepared=True), leaves, grads)
+    conv_choice.choose({conv_choice.Problem(1, 2, 5, 6, 96, 16, 1, 1, a.dtype): None})
+    got = torch.autograd.grad(cat_convolve(*leaves, t=CAT, prepared=True), leaves, grads)
+    for grad, other in zip(got, expected, strict=True):
+        assert (grad - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_second_derivatives_of_halves(cat_convolve: Callable[..., tuple[Tensor, Tensor]], raw: bool):
+    a, b, w, *grads = cat_operands()
+    leaves = [t.detach().requires_grad_() for t in (a, b, w.float())]
+    outputs = cat_convolve(*leaves, 1, CAT, prepared=not raw)
+    first = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
+    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    whole = reference.mp_cat_conv2d(*exact, 1, CAT, prepared=not raw)
+    truth = torch.autograd.grad(whole, exact, [g.double() for g in grads], create_graph=True)
+    truths = torch.autograd.grad(sum(g.square().sum() for g in truth), exact)
+    for got, of in ((first, truth), (second, truths)):
+        for grad, right in zip(got, of, strict=True):
+            assert (grad.double() - right).norm() < 0.03 * right.norm()
+
+
+def test_layers_read_halves(cat_convolve: Callable[..., tuple[Tensor, Tensor]]):
+    """With their own weight and with a prepared one."""
+    a, b, _, *grads = cat_operands()
+    layer = MPConv(96, 16, 1)
+    results = []
+    for prepared in (False, True):
+        layer.weight.grad = None
+        weights = PreparedWeights(layer, dtype=a.dtype, memory_format=torch.channels_last)
+        with weights if prepared else contextlib.nullcontext(), conv_choice.recording() as asked:
+            outputs = layer(a, first=CatWith(b, CAT))
+            torch.autograd.backward(outputs, grads)
+        assert cat_problem(0, a.dtype, True) in asked
+        results.append([*outputs, layer.weight.grad])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b, w: (a[:, :40], b, w[:, :72]),  # channels
+        lambda a, b, w: (a, b, w[:12]),
+        lambda a, b, w: (a, b.contiguous(), w),  # layout
+        lambda a, b, w: (a, b, w.tile(1, 1, 3, 3)),  # taps
+    ],
+)
+def test_what_is_concatenated_nevertheless(
+    cat_convolve: Callable[..., tuple[Tensor, Tensor]],
+    change: Callable[..., tuple[Tensor, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    a, b, w = change(*cat_operands()[:3])
+    monkeypatch.setattr(importlib.import_module("edm2ext.ops.mp_cat_conv2d"), "_mp_cat_conv2d", None)
+    got = cat_convolve(a, b, w, t=CAT, prepared=True)
+    expected = reference.mp_cat_conv2d(a.double(), b.double(), w.double(), t=CAT, prepared=True)
+    for result, truth in zip(got, expected, strict=True):
+        assert (result - truth).norm() < 5e-3 * truth.norm()
+    for t in (0.0, 1.0):  # one weight is zero
+        assert cat_convolve(*cat_operands()[:3], t=t, prepared=True)[0].isfinite().all()
+
+
+def test_halves_are_checked(cat_convolve: Callable[..., tuple[Tensor, Tensor]]):
+    a, b, w, *_ = cat_operands()
+    for arguments, error in (
+        ((a, b[:1], w), "mp_cat: a and b must agree"),
+        ((a, b, w[:, :64]), "mp_conv2d: x must have 64 channels"),
+        ((a, b, w, 2.0), "mp_conv2d: gain must be 1 with a prepared weight"),
+        ((a, b, w, 1, 2.0), "mp_cat: t must be in"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            cat_convolve(*arguments, prepared=True)
+
+
+def test_bad_input_to_mp_cat_conv2d(ops: SimpleNamespace):
+    a, b, w, g, _ = cat_operands()
+    for message, call in {
+        "mp_cat_conv2d: a: expected float16 or bfloat16, got Float": lambda: ops.mp_cat_conv2d(
+            a.float(), b, w, CAT, []
+        ),
+        "mp_cat_conv2d: b: expected dtype BFloat16, got Half": lambda: ops.mp_cat_conv2d(a, b.half(), w, CAT, []),
+        r"mp_cat_conv2d: b: expected 32 channels and .* \[2, 64, 5, 6\]": lambda: ops.mp_cat_conv2d(
+            a, b[:1], w, CAT, []
+        ),
+        r"mp_cat_conv2d: a: expected a multiple of 32 channels": lambda: ops.mp_cat_conv2d(a[:, :40], b, w, CAT, []),
+        r"mp_cat_conv2d: w: expected shape \[out, 96, 1, 1\]": lambda: ops.mp_cat_conv2d(a, b, w[:, :64], CAT, []),
+        "mp_cat_conv2d: t: expected 0.001 to 0.999, got 0": lambda: ops.mp_cat_conv2d(a, b, w, 0.0, []),
+        "mp_cat_conv2d: plan: expected nothing, or a tile below 4 and 1 to 3 splits": (
+            lambda: ops.mp_cat_conv2d(a, b, w, CAT, [4, 1])
+        ),
+        "mp_cat_conv2d_backward_weight: grad: expected 16 channels": (
+            lambda: ops.mp_cat_conv2d_backward_weight(g[:1], a, b, CAT, [])
+        ),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+CAT_FAKES = {
+    "mp_cat_conv2d": ("fake_cat_forward", lambda a, b, w, g, s: (a, b, w, CAT, [])),
+    "mp_cat_conv2d_backward_weight": ("fake_cat_backward_weight", lambda a, b, w, g, s: (g, a, b, CAT, [])),
+    "mp_cat_silu_only": ("fake_silu_only", lambda a, b, w, g, s: (a, b, CAT)),
+    "mp_cat_silu_only_backward": ("fake_silu_only_backward", lambda a, b, w, g, s: (s, s, a, b, CAT)),
+}
+
+
+@pytest.mark.parametrize("name", CAT_FAKES)
+def test_cat_conv_opcheck(ops: SimpleNamespace, name: str):
+    fake, arguments = CAT_FAKES[name]
+    module = importlib.import_module("edm2ext.ops.mp_cat_conv2d")
+    torch.library.register_fake(f"edm2_emulated::{name}", getattr(module, fake), allow_override=True)
+    torch.library.opcheck(getattr(ops, name).default, arguments(*cat_operands()))
 
 
 CONV_FAKES = {

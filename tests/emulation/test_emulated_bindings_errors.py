@@ -25,6 +25,8 @@ def test_double_is_refused(ops: SimpleNamespace):
         lambda: ops.mp_sum_backward(x, None, None, 0.5, False),
         lambda: ops.mp_cat(x, x, 0.5),
         lambda: ops.mp_cat_silu_backward(x, x, x, 1, 0.5),
+        lambda: ops.mp_cat_silu_only(x, x, 0.5),
+        lambda: ops.mp_cat_silu_only_backward(x, x, x, x, 0.5),
         lambda: ops.mp_fourier(x[0, 0], x[0, 0], x[0, 0]),
         lambda: ops.mp_fourier_backward(x[0, :, :3], x[0, :, 0], x[0, :, 0], x[0, :, 0]),
     ):
@@ -129,6 +131,19 @@ def test_errors_name_op_and_argument(ops: SimpleNamespace):
         "mp_cat: b: expected the shape of a but for dimension 1": lambda: ops.mp_cat(x, x[:1], 0.5),
         "mp_cat_backward: channels_a: expected 1 to 2, got 3": lambda: ops.mp_cat_backward(x, 3, 0.5),
         "mp_cat_silu_backward: grad_silu: expected dtype": lambda: ops.mp_cat_silu_backward(x, x.half(), x, 1, 0.5),
+        "mp_cat_silu_only: b: expected the shape of a but for dimension 1": lambda: ops.mp_cat_silu_only(x, x[:1], 0.5),
+        "mp_cat_silu_only_backward: a, b: expected shapes": lambda: ops.mp_cat_silu_only_backward(
+            x, x, x[0, 0], x, 0.5
+        ),
+        "mp_cat_silu_only_backward: b: expected 3 channels and otherwise": lambda: ops.mp_cat_silu_only_backward(
+            x, x, x, x[:1], 0.5
+        ),
+        r"mp_cat_silu_only_backward: grad: expected 6 channels .* \[2, 3, 4\], got \[2, 3, 4\]": (
+            lambda: ops.mp_cat_silu_only_backward(x, x, x, x, 0.5)
+        ),
+        "mp_cat_silu_only_backward: grad_silu: expected dtype Float, got Half": (
+            lambda: ops.mp_cat_silu_only_backward(x.tile(1, 2, 1), x.tile(1, 2, 1).half(), x, x, 0.5)
+        ),
         r"mp_fourier: x: expected one dimension, got shape \[2, 3\]": lambda: ops.mp_fourier(c, c[0], c[0]),
         r"mp_fourier_backward: grad: expected shape \[2, 3\]": lambda: ops.mp_fourier_backward(
             c.t(), c[:, 0], c[0], c[0]

@@ -75,7 +75,34 @@ def cat_backward(
     outputs = [Guarded(x.numel(), dtype, offset) for x in (a, b)]
     given = [t.tensor for t in inputs] if len(grads) == 2 else [inputs[0].tensor, None, None]
     pointers = given + [t.tensor for t in outputs]
-    library.call("mp_cat_backward", *pointers, *rows(a, b, channels_last), dtype, *weights(a, b))
+    library.call("mp_cat_backward", *pointers, *rows(a, b, channels_last), dtype, *weights(a, b), None, None)
+    for result in outputs:
+        result.check_margins()
+    return [emulated.from_memory(t.tensor, x.shape, channels_last) for t, x in zip(outputs, (a, b), strict=True)]
+
+
+def silu_only(library: Library, a: Tensor, b: Tensor, channels_last: bool, offset: int = 0) -> list[Tensor]:
+    """MP-SiLU of the concatenation, which is stored nowhere."""
+    dtype = a.dtype
+    parts = [Guarded(emulated.to_memory(x, channels_last), dtype, offset) for x in (a, b)]
+    out = Guarded(a.numel() + b.numel(), dtype, offset)
+    pointers = [parts[0].tensor, parts[1].tensor, None, out.tensor]
+    library.call("mp_cat", *pointers, *rows(a, b, channels_last), dtype, *weights(a, b))
+    out.check_margins()
+    shape = (a.shape[0], a.shape[1] + b.shape[1], a.shape[2])
+    return [emulated.from_memory(out.tensor, shape, channels_last)]
+
+
+def silu_only_backward(
+    library: Library, grads: list[Tensor], a: Tensor, b: Tensor, channels_last: bool, offset: int = 0
+) -> list[Tensor]:
+    """Gradients of a and b, from a and b."""
+    dtype = a.dtype
+    inputs = [Guarded(emulated.to_memory(x, channels_last), dtype, offset) for x in (*grads, a, b)]
+    outputs = [Guarded(x.numel(), dtype, offset) for x in (a, b)]
+    grad, grad_silu, *parts = (t.tensor for t in inputs)
+    pointers = [grad, grad_silu, None, outputs[0].tensor, outputs[1].tensor]
+    library.call("mp_cat_backward", *pointers, *rows(a, b, channels_last), dtype, *weights(a, b), *parts)
     for result in outputs:
         result.check_margins()
     return [emulated.from_memory(t.tensor, x.shape, channels_last) for t, x in zip(outputs, (a, b), strict=True)]
@@ -124,6 +151,36 @@ def check(library: Library, case: Case, dtype: torch.dtype, channels_last: bool,
     outputs += emulated.under_all_schedules(library, partial(cat_backward, library, *arguments))
     for i, (out, low, high) in enumerate(zip(outputs, rounded, exact, strict=True)):
         emulated.assert_as_accurate(out, low, high, f"output {i}, {case} {dtype} {channels_last} {silu}")
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_storing_the_concatenation(library: Library, case: Case, dtype: torch.dtype, channels_last: bool):
+    """The same bits as with it."""
+    check_silu_only(library, case, dtype, channels_last)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_one_misaligned_tensor_without_the_concatenation(library: Library, number: int):
+    with emulated.misaligned(number):
+        check_silu_only(library, Case(2, 16, 24, 8), torch.float16, True)
+
+
+def check_silu_only(library: Library, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    a = emulated.random_tensor(case.n, case.a, case.p, dtype=dtype)
+    b = emulated.random_tensor(case.n, case.b, case.p, dtype=dtype, seed=1)
+    total = (case.n, case.a + case.b, case.p)
+    grads = [emulated.random_tensor(*total, dtype=dtype, seed=2 + i) for i in range(2)]
+    place = (channels_last, case.offset)
+    run = partial(silu_only, library, a, b, *place)
+    (out_silu,) = emulated.under_all_schedules(library, run)
+    got = emulated.under_all_schedules(library, partial(silu_only_backward, library, grads, a, b, *place))
+    out, stored = cat(library, a, b, channels_last, True, case.offset)
+    assert torch.equal(out_silu, stored)
+    expected = cat_backward(library, grads, out, a, b, *place)
+    for grad, same in zip(got, expected, strict=True):
+        assert torch.equal(grad, same)
 
 
 def test_silu_is_of_the_stored_product(library: Library):

@@ -474,3 +474,164 @@ def test_no_images(library: Library):
     run(library, BACKWARD_INPUT, g, w, case, Plan(3))
     assert library.launches() == before
     assert torch.equal(run(library, BACKWARD_WEIGHT, g, x, case, Plan(3))[0], torch.zeros(w.shape))
+
+
+# ---- of an MP-Cat's halves ----
+
+
+class Halves(NamedTuple):
+    """Batch, height, width, channels of a and of b, and out."""
+
+    n: int
+    h: int
+    w: int
+    a: int
+    b: int
+    k: int
+
+    @property
+    def whole(self) -> Case:
+        return Case(self.n, self.h, self.w, self.a + self.b, self.k, 1, 1)
+
+
+HALVES = [
+    Halves(1, 1, 1, 32, 32, 8),  # one pixel
+    Halves(3, 5, 7, 64, 32, 72),  # images and halves that end within tiles
+    Halves(1, 9, 9, 32, 96, 40),
+    Halves(2, 3, 4, 96, 128, 16),  # halves that meet within a tile of the weight's gradient, and beyond the first
+]
+WEIGHTS = (0.5, 2.0)  # sums stay exact
+
+
+def run_halves(
+    library: Library,
+    direction: int,
+    other: Tensor,
+    a: Tensor,
+    b: Tensor,
+    case: Halves,
+    plan: Plan,
+    weights: tuple[float, float] = WEIGHTS,
+) -> list[Tensor]:
+    """The convolution with other = w, or the weight's gradient from other = grad_y."""
+    whole = case.whole
+    plan = plan._replace(splits=min(plan.splits, steps(whole, direction)))
+    shape = (whole.n, whole.k, whole.h, whole.w) if direction == FORWARD else (whole.k, whole.c, 1, 1)
+    out = Guarded(math.prod(shape), a.dtype if direction == FORWARD else torch.float32)
+    parts = workspace(whole, direction, plan)
+    a, b, other = (Guarded(memory(t), t.dtype).tensor for t in (a, b, other))
+    sizes = (whole.sizes, a.dtype, *plan, parts.tensor)
+    if direction == FORWARD:
+        library.call("mp_cat_conv2d", a, b, other, out.tensor, *sizes, NONE, case.a, *weights)
+    else:
+        library.call("mp_cat_conv2d_backward_weight", other, a, b, out.tensor, *sizes, case.a, *weights)
+    out.check_margins()
+    parts.check_margins()
+    return [image(out.tensor, shape)]
+
+
+def halves_of(x: Tensor, case: Halves) -> tuple[Tensor, Tensor]:
+    return x[:, : case.a].contiguous(), x[:, case.a :].contiguous()
+
+
+def joined(a: Tensor, b: Tensor, weights: tuple[float, float] = WEIGHTS) -> Tensor:
+    return torch.cat([a * weights[0], b * weights[1]], dim=1)
+
+
+def check_halves_exactly(library: Library, case: Halves, plan: Plan) -> None:
+    x, w, g = operands(case.whole, torch.float16, whole=True)
+    a, b = halves_of(x, case)
+    for direction, other in ((FORWARD, w), (BACKWARD_WEIGHT, g)):
+        run = partial(run_halves, library, direction, other, a, b, case, plan)
+        (out,) = emulated.under_all_schedules(library, run)
+        whole = joined(a.float(), b.float())
+        operands_of = (whole, w.float()) if direction == FORWARD else (g.float(), whole)
+        expected = plain(direction, *operands_of, case.whole)
+        assert expected.abs().max() < 1024  # exact in float16, halves too
+        assert torch.equal(out.float(), expected), f"direction {direction}, {case}, {plan}"
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("case", HALVES, ids=str)
+def test_halves_exactly(library: Library, case: Halves, tile: int):
+    check_halves_exactly(library, case, Plan(tile))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4, 7])
+@pytest.mark.parametrize("tile", [1, 3])
+def test_split_sums_of_halves(library: Library, tile: int, splits: int):
+    """Parts that end in the first half, begin in the second, end where they meet, and hold some of both."""
+    check_halves_exactly(library, HALVES[3], Plan(tile, splits))
+
+
+def test_many_tiles_of_halves(library: Library):
+    """More pixels, channels and outputs than a tile has."""
+    for tile, case in ((0, Halves(1, 17, 16, 64, 96, 136)), (1, Halves(1, 12, 11, 160, 64, 200))):
+        check_halves_exactly(library, case, Plan(tile))
+    check_halves_exactly(library, Halves(2, 9, 8, 32, 64, 72), Plan(3, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", [Plan(3), Plan(2, 3), Plan(1), Plan(0, 2)], ids=str)
+def test_accuracy_of_halves(library: Library, plan: Plan, dtype: torch.dtype):
+    """Not worse than the convolution of the concatenation, which rounds that."""
+    case = Halves(2, 5, 6, 64, 96, 48)
+    x, w, g = operands(case.whole, dtype, whole=False)
+    a, b = halves_of(x, case)
+    weights = reference.cat_scales(case.a, case.b, 0.3)
+    library.schedule(*emulated.SCHEDULES[0])
+    for direction, other in ((FORWARD, w), (BACKWARD_WEIGHT, g)):
+        (out,) = run_halves(library, direction, other, a, b, case, plan, weights)
+        exact, low = (
+            plain(direction, *((x, o) if direction == FORWARD else (o, x)), case.whole)
+            for x, o in (
+                (joined(a.double(), b.double(), weights), other.double()),
+                (joined(a, b, weights).float(), other.float()),
+            )
+        )
+        emulated.assert_as_accurate(out, low.to(out.dtype), exact, f"direction {direction}, {dtype}, {plan}")
+
+
+def test_not_a_number_in_a_half_reaches_its_pixel_and_columns(library: Library):
+    case = Halves(1, 4, 4, 32, 64, 8)
+    x, w, g = operands(case.whole, torch.float16, whole=True)
+    x[0, 40, 1, 2] = math.nan
+    library.schedule(*emulated.SCHEDULES[0])
+    (y,) = run_halves(library, FORWARD, w.fill_(1), *halves_of(x, case), case, Plan(3))
+    seen = torch.zeros(4, 4, dtype=torch.bool)
+    seen[1, 2] = True
+    assert torch.equal(y.isnan(), seen.expand(1, 8, 4, 4))
+    (grad_w,) = run_halves(library, BACKWARD_WEIGHT, g, *halves_of(x, case), case, Plan(3))
+    assert torch.equal(grad_w.isnan().flatten(1), (torch.arange(96) == 40).expand(8, 96))
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        (Halves(1, 4, 4, 24, 40, 8), Plan(3)),  # a step would lie in both
+        (Halves(1, 4, 4, 64, 0, 8), Plan(3)),
+        (Halves(1, 4, 4, 0, 64, 8), Plan(3)),
+        (Halves(1, 4, 4, 96, -32, 8), Plan(3)),
+        (Halves(1, 4, 4, 32, 40, 8), Plan(3)),
+        (Halves(1, 4, 4, 40, 32, 8), Plan(3)),
+        (Halves(1, 4, 4, 32, 32, 8), Plan(4)),  # a tile for Hopper's own instructions
+    ],
+    ids=str,
+)
+def test_refused_halves(library: Library, case: Halves, plan: Plan):
+    x, w, g = operands(case.whole, torch.float16, whole=True)
+    nothing = torch.empty(0)
+    for direction, other in (("", w), ("_backward_weight", g)):
+        pointers = (x, x, other, x) if direction == "" else (other, x, x, w.float())
+        sizes = (case.whole.sizes, x.dtype, *plan, nothing, *([NONE] if direction == "" else []), case.a, *WEIGHTS)
+        with pytest.raises(KernelFault, match="error 1"):
+            library.call(f"mp_cat_conv2d{direction}", *pointers, *sizes)
+
+
+def test_halves_want_one_tap_and_nothing_that_follows(library: Library):
+    case = Case(1, 4, 4, 64, 8)
+    x, w, _ = operands(case, torch.float16, whole=True)
+    out = torch.empty(1, 8, 4, 4, dtype=torch.float16)
+    for kind, sizes in ((NONE, case.sizes), (MODULATED_SILU, case._replace(r=1, s=1).sizes)):
+        with pytest.raises(KernelFault, match="error 1"):
+            library.call("mp_cat_conv2d", x, x, w, out, sizes, x.dtype, *Plan(3), None, kind, 32, *WEIGHTS)

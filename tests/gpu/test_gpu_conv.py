@@ -1,5 +1,6 @@
 """The convolution kernels on a GPU: every tile and direction, exactly and against float64; what follows; graphs."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import edm2ext
 from edm2ext import ops, reference, tune
-from edm2ext.nn import MPConv
+from edm2ext.nn import MPConv, PreparedWeights
 from edm2ext.ops import conv_choice
 from edm2ext.ops.conv_choice import Problem
 
@@ -146,6 +147,76 @@ def test_padded_channels(channels: int, out: int):
     conv_choice.forget()
     for value, truth in zip(got, exact, strict=True):
         assert (value - truth).norm() < 1e-3 * truth.norm()
+
+
+HALVES = [(2, 192, 384, 64, 64, 192), (5, 32, 96, 13, 31, 72), (1, 64, 32, 1, 1, 8), (8, 768, 576, 8, 8, 768)]
+
+
+def halves(shape: tuple[int, ...], dtype: torch.dtype, whole: bool = False) -> tuple[Tensor, ...]:
+    """a, b, w and a gradient of y."""
+    n, in_a, in_b, h, w, k = shape
+    x, weight, g = operands((n, in_a + in_b, k, h, w, 1), dtype, whole)
+    a, b = (t.contiguous(memory_format=torch.channels_last) for t in x.split([in_a, in_b], 1))
+    return a, b, weight, g
+
+
+@pytest.mark.parametrize("tile", range(PORTABLE))
+@pytest.mark.parametrize("shape", HALVES, ids=str)
+def test_halves_of_whole_numbers(shape: tuple[int, ...], tile: int):
+    """Up to the weights of the halves, which are no whole numbers: against float64, in float32 and rounded once."""
+    a, b, w, g = halves(shape, torch.float16, whole=True)
+    x = reference.mp_cat(a.double(), b.double(), 0.3)
+    exact = plain(x, w.double(), g.double())
+    steps = min(x.shape[1], -(-g[:, 0].numel() // 32) * 32) // 32
+    for splits in {1, min(3, steps), min(5, steps)}:
+        y = NATIVE.mp_cat_conv2d(a, b, w, 0.3, [tile, splits])
+        grad_w = NATIVE.mp_cat_conv2d_backward_weight(g, a, b, 0.3, [tile, splits])
+        for got, truth in ((y, exact[0]), (grad_w, exact[2])):
+            assert (got.double() - truth).abs().max() <= torch.finfo(got.dtype).eps * 4 * truth.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", HALVES, ids=str)
+def test_convolution_of_a_concatenation(shape: tuple[int, ...], dtype: torch.dtype):
+    """Halves read in place, or joined: MP-SiLU and the gradients of the halves are the same bits."""
+    a, b, w, g = halves(shape, dtype)
+    w *= w.shape[1] ** -0.5
+    leaves = [a.requires_grad_(), b.requires_grad_(), w.float().requires_grad_()]
+    n, in_a, in_b, height, width, k = shape
+    problem = Problem(0, n, height, width, in_a + in_b, k, 1, 1, dtype, "", True, cat=in_a)
+    found = []
+    for choice in ([], None):
+        with conv_choice.trying(problem, choice):
+            y, x_silu = ops.mp_cat_conv2d(*leaves, t=0.3, prepared=True)
+            grads = (g, torch.linspace(-1, 1, x_silu.numel(), device="cuda").view_as(x_silu).to(dtype))
+            found.append([x_silu, *torch.autograd.grad((y, x_silu), leaves, grads), y])
+    for i, (got, other) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(got, other) if i < 3 else (got - other).norm() < 0.01 * other.norm()
+    with torch.no_grad():
+        assert torch.equal(ops.mp_cat_conv2d(*leaves, t=0.3, prepared=True)[0], found[0][-1])
+
+
+def test_tuned_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = Problem(0, 2, 8, 8, 96, 64, 1, 1, torch.float16, "", True, cat=64)
+    conv_choice.forget()
+    assert list(tune.tune([problem])) == tune.with_alternatives([problem])
+    conv_choice.forget()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_layer_of_halves_in_a_graph(prepared: bool):
+    layer = MPConv(96, 64, 1).cuda().eval()
+    a, b, _, _ = halves((2, 64, 32, 8, 8, 64), torch.float16)
+    weights = PreparedWeights(layer, dtype=a.dtype, memory_format=torch.channels_last)
+    with weights if prepared else contextlib.nullcontext(), torch.no_grad():
+        eager = layer(a, first=ops.CatWith(b, 0.3))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(a, first=ops.CatWith(b, 0.3))
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, out, eager))
 
 
 def test_layer_in_a_graph():

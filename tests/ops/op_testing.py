@@ -136,6 +136,10 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...] | list
     "effective_weight_list": (lambda m, w, v, g: m.effective_weight([w, v], [g, 2]), [(3, 4), (2, 3), ()]),
     "mp_conv2d": (lambda m, x, w, g: m.mp_conv2d(x, w, g), [(1, 1, 3, 3), (2, 1, 3, 3), ()]),
     "mp_conv2d_prepared": (lambda m, x, w: m.mp_conv2d(x, w, prepared=True), [(1, 2, 2, 2), (3, 2, 1, 1)]),
+    "mp_cat_conv2d": (
+        lambda m, a, b, w, g: m.mp_cat_conv2d(a, b, w, g, 0.3),
+        [(1, 2, 2, 2), (1, 1, 2, 2), (2, 3, 1, 1), ()],
+    ),
     "mp_linear": (lambda m, x, w, g: m.mp_linear(x, w, g), [(2, 3), (4, 3), ()]),
     "cosine_attention": (lambda m, x: m.cosine_attention(x, 2), [(1, 12, 2)]),
     "cosine_attention_fused": (lambda m, x: m.cosine_attention(x, 1), [(1, 6, 1, 257)]),

@@ -61,6 +61,22 @@ def test_layers_are_measured_before_what_is_fused_to_them(net: Precond, name: st
     assert not layer._forward_hooks  # its own are gone
 
 
+def test_the_skip_connection_is_measured_before_the_residual_branch(net: Precond) -> None:
+    """Its layer returns MP-SiLU of the concatenation too."""
+    inputs = []
+    layer = net.unet.dec["8x8_block0"].conv_skip
+    handle = layer.register_forward_pre_hook(
+        lambda _, args, options: inputs.append((args[0], options["first"])), with_kwargs=True
+    )
+    bucket = measured(net)["Dec 8"]
+    handle.remove()
+    (x, cat) = inputs[0]
+    y, _ = reference.mp_cat_conv2d(x, cat.b, layer.weight.detach(), t=cat.t)
+    rms = y.square().mean(dim=(0, 2, 3)).sqrt()
+    [found] = [m for m in bucket.activations if m.layer == "unet.dec.8x8_block0.conv_skip"]
+    assert (found.mean, found.max) == pytest.approx((float(rms.mean()), float(rms.max())), rel=1e-5)
+
+
 def test_clipped_values_are_counted(net: Precond) -> None:
     stats = magnitudes.as_stats(list(measured(net).values()))
     assert stats["Magnitude/Dec 8/clipped"] == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edm2ext import ops
 from edm2ext.nn import MPConv, MPFourier, MPLinear
 from python_train.config import PRESETS, make_options
 from python_train.loss import EDM2Loss
@@ -373,3 +374,16 @@ def test_bad_architecture() -> None:
         Block(8, 8, 8, resample_mode="sideways")
     with pytest.raises(ValueError, match="96 channels"):
         Block(96, 96, 8, attention=True, channels_per_head=19)
+
+
+@pytest.mark.parametrize("out_channels", [16, 24])
+def test_a_decoder_block_concatenates_by_itself(backend: str, out_channels: int) -> None:
+    block = Block(24, out_channels, 8, "dec").train()  # of as many channels, it has no convolution on the skip path
+    a, b, c = torch.randn(2, 16, 4, 4), torch.randn(2, 8, 4, 4), torch.randn(2, out_channels)
+    torch.testing.assert_close(block(a, c, ops.CatWith(b, 0.3)), block(ops.mp_cat(a, b, 0.3), c))
+
+
+@pytest.mark.parametrize("other", [{"flavor": "enc"}, {"flavor": "dec", "resample_mode": "up"}])
+def test_other_blocks_do_not_concatenate(other: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="Block: cat is for decoder blocks that keep the resolution"):
+        Block(24, 16, 8, **other)(torch.randn(2, 16, 4, 4), torch.randn(2, 16), ops.CatWith(torch.randn(2, 8, 4, 4)))

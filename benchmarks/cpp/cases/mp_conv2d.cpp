@@ -17,7 +17,8 @@ constexpr ConvDirection kDirections[] = {ConvDirection::kForward, ConvDirection:
 
 /// Of EDM2-S at batch 32, one of each kind and resolution; small: odd ones.
 std::vector<ConvShape> shapes(Size size) {
-  if (size == Size::kSmall) return {{3, 5, 7, 40, 24, 3, 3}, {1, 1, 1, 8, 8, 1, 1}, {2, 9, 4, 72, 136, 3, 1}};
+  if (size == Size::kSmall)
+    return {{3, 5, 7, 40, 24, 3, 3}, {1, 1, 1, 8, 8, 1, 1}, {2, 9, 4, 72, 136, 3, 1}, {2, 5, 3, 96, 24, 1, 1}};
   return {{32, 64, 64, 192, 192, 3, 3}, {32, 32, 32, 384, 384, 3, 3}, {32, 16, 16, 576, 576, 3, 3},
           {32, 8, 8, 768, 768, 3, 3},   {32, 32, 32, 768, 384, 1, 1}, {32, 16, 16, 576, 1728, 1, 1},
           {32, 64, 64, 384, 192, 3, 3}, {32, 16, 16, 1152, 576, 3, 3}};
@@ -97,6 +98,23 @@ void add_all(Table& table, const Operands& of, bool wgmma) {
         cuda::launch_mp_conv2d, nullptr, 0);
     count();
   }
+  const int64_t in_a = shape.in / 3 / kConvHalf * kConvHalf;
+  const bool halves = !wgmma && shape.taps() == 1 && in_a > 0 && shape.in % kConvHalf == 0;
+  const Buffer a{shape.pixels() * in_a, dtype, true};
+  const Buffer b{shape.pixels() * (shape.in - in_a), dtype, true};
+  if (halves) {
+    const ConvPlan& plan = of.plan(ConvDirection::kForward);
+    table.add(
+        "mp_cat_conv2d" + about,
+        {a, b, of.w(), of.y(false), {of.floats(ConvDirection::kForward), DType::kFloat32, false}},
+        [=](const Pointers& p) {
+          MPConv2dParams params{p[0], p[2], p[3], shape, dtype, plan, static_cast<float*>(p[4])};
+          params.halves = {p[1], in_a, 0.9, 1.2};
+          return params;
+        },
+        cuda::launch_mp_conv2d, nullptr, 0);
+    count();
+  }
   const auto input = ConvDirection::kBackwardInput;
   table.add(
       "mp_conv2d_backward_input" + about, {of.y(true), of.w(), of.x(false), {of.floats(input), DType::kFloat32, false}},
@@ -115,6 +133,23 @@ void add_all(Table& table, const Operands& of, bool wgmma) {
       },
       cuda::launch_mp_conv2d_backward_weight, nullptr, 0);
   count();
+  if (halves) {
+    table.add(
+        "mp_cat_conv2d_backward_weight" + about,
+        {of.y(true), a, b, of.grad_w(), {of.floats(weight), DType::kFloat32, false}},
+        [=](const Pointers& p) {
+          return MPConv2dBackwardWeightParams{p[0],
+                                              p[1],
+                                              static_cast<float*>(p[3]),
+                                              shape,
+                                              dtype,
+                                              of.plan(weight),
+                                              static_cast<float*>(p[4]),
+                                              {p[2], in_a, 0.9, 1.2}};
+        },
+        cuda::launch_mp_conv2d_backward_weight, nullptr, 0);
+    count();
+  }
 }
 
 }  // namespace

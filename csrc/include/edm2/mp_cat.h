@@ -1,4 +1,5 @@
-// MP-Cat (Eq. 103), concat(weight_a * a, weight_b * b) along channels, optionally with MP-SiLU of the result.
+// MP-Cat (Eq. 103), concat(weight_a * a, weight_b * b) along channels, with MP-SiLU of the result or, on a GPU, that
+// only.
 #pragma once
 
 #include "edm2/common.h"
@@ -9,7 +10,7 @@ namespace edm2 {
 struct MPCatParams {
   const void* a;   // [rows, size_a]
   const void* b;   // [rows, size_b]
-  void* out;       // [rows, size_a + size_b]
+  void* out;       // [rows, size_a + size_b]; null, on a GPU: not wanted
   void* out_silu;  // null: not wanted
   int64_t rows;
   int64_t size_a;
@@ -22,7 +23,7 @@ struct MPCatParams {
 struct MPCatBackwardParams {
   const void* grad_out;
   const void* grad_silu;  // null: MP-SiLU was not emitted; then out is null as well
-  const void* out;
+  const void* out;        // the concatenation, null if nobody stored it: then a and b are there
   void* grad_a;
   void* grad_b;
   int64_t rows;
@@ -31,6 +32,8 @@ struct MPCatBackwardParams {
   DType dtype;
   double weight_a;
   double weight_b;
+  const void* a = nullptr;  // on a GPU
+  const void* b = nullptr;
 };
 
 namespace cpu {

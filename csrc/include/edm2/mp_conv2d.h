@@ -48,6 +48,19 @@ enum class ConvEpilogue : int32_t {
 /// Channels of q, k or v of a head for kQKVNorm. All three lie side by side in y, in one tile of the product.
 inline constexpr int kConvHead = 64;
 
+/// x of a 1x1 convolution as an MP-Cat (Eq. 103) whose halves were not joined: x = [weight_a a, weight_b b] along
+/// channels. Both have multiples of kConvHalf channels, shape.in together; sums of one half are brought to the other's
+/// weight on the way, so that neither weight may be far from the other: t is kConvLeastBalance to 1 -
+/// kConvLeastBalance.
+struct ConvHalves {
+  const void* b = nullptr;  // like a, which is given as x; null: x is x
+  int64_t in_a = 0;         // channels of a
+  double weight_a = 1.0;
+  double weight_b = 1.0;
+};
+inline constexpr int64_t kConvHalf = 32;
+inline constexpr double kConvLeastBalance = 0.001;
+
 struct MPConv2dParams {
   const void* x;
   const void* w;
@@ -67,6 +80,7 @@ struct MPConv2dParams {
   uint8_t* mask = nullptr;      // of the sum (edm2/mp_sum.h); null: not wanted
   void* qkv[3] = {};            // q, k and v, each [batch, height, width, out / (3 kConvHead), kConvHead]
   double eps = 0.0;             // of their normalisation
+  ConvHalves halves = {};       // without epilogue
 };
 
 struct MPConv2dBackwardInputParams {
@@ -87,6 +101,7 @@ struct MPConv2dBackwardWeightParams {
   DType dtype;  // of grad_y and x
   ConvPlan plan;
   float* workspace;
+  ConvHalves halves = {};
 };
 
 namespace cuda {

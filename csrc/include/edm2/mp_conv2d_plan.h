@@ -25,6 +25,7 @@ struct ConvTile {
 
 /// What both operands' tiles are deep: two steps of the tensor cores.
 inline constexpr int kConvDepth = 32;
+static_assert(kConvHalf % kConvDepth == 0);  // a step lies in one half
 
 /// Of operands and, afterwards, of the sums on their way to memory.
 constexpr int conv_shared_bytes(const ConvTile& tile) {
