@@ -18,7 +18,7 @@ from edm2ext.phema.fit import ROUNDING, Target, fit
 from edm2ext.phema.motion import Motion, estimate_motion
 from edm2ext.phema.output import OutputFiles
 from edm2ext.phema.stored import HEADER, StoredAverage, open_average
-from edm2ext.phema.stream import DEFAULT_MEMORY, Combination, sample, stream
+from edm2ext.phema.stream import DEFAULT_MEMORY, Combination, sample, stream, usable_device
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class Reconstruction:
             raise ValueError(f"reconstruct: expected {len(self.targets)} output paths, got {len(paths)}")
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f"reconstruct: dtype must be float16 or float32, got {dtype}")
+        usable_device(device)  # before anything is written
         headers = headers or [self.header(target) for target in self.targets]
         buffers = {"buffers": sorted(self.combination.copied)} if self.combination.copied else {}
         metadata = [{HEADER: json.dumps({**header, **buffers})} for header in headers]
