@@ -155,7 +155,7 @@ def stream(
     are made. memory: bytes of all buffers together. threads: that read, and that write. first: the element to begin
     with; written(n) is called when all elements before n have been written, from this thread.
     """
-    device = usable_device(device)
+    device = torch.device(device)
     block, tile = _sizes(combination, dtype, memory)
     tiles = list(_tiles(combination.spans, tile, first))
     if not tiles:
@@ -212,18 +212,6 @@ def stream(
             writing[k % slots] = stop, futures
         for k in range(len(tiles), len(tiles) + slots):
             finish_writing(k)
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device; ValueError if there is none of that name here."""
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"reconstruct: device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
-    return device
 
 
 def sample(combination: Combination, blocks: int = 16, size: int = 1024, threads: int = 8) -> NDArray[np.float32]:
