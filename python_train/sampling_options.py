@@ -161,8 +161,8 @@ def guidance_options(command: Any) -> Any:
             "--guidance-interval",
             multiple=True,
             help="Guide only in these steps, counted from 0, such as 15-21, or "
-            "noise levels, such as 0.28,2.90, each taken for the nearest of the grid. One for all, or one for each "
-            "--gnet. Elsewhere guides are not evaluated.",
+            "from above the one noise level to the other, such as 0.28,2.90, each taken for the nearest of the grid. "
+            "One for all, or one for each --gnet. Elsewhere guides are not evaluated.",
         ),
     ]
     return decorated(command, options)
