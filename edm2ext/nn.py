@@ -167,6 +167,12 @@ class PreparedWeights:
             layer.prepared = None
 
 
+def _randn(*shape: int) -> Tensor:
+    """torch.randn; without values on the device "meta", where arithmetic imports compilers for seconds."""
+    values = torch.empty(*shape)
+    return values if values.is_meta else values.normal_()
+
+
 class MPConv(Layer):
     """Magnitude-preserving 2-D convolution without bias, zero-padded to keep the size (2.6, Eqs. 47 and 66).
 
@@ -190,7 +196,7 @@ class MPConv(Layer):
         self.stride = stride
         self.dilation = dilation
         self.groups = groups
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, kernel_size, kernel_size))
+        self.weight = nn.Parameter(_randn(out_channels, in_channels // groups, kernel_size, kernel_size))
 
     def forward(
         self, x: Tensor, gain: "Tensor | float" = 1, then: Then | None = None, first: CatWith | None = None
@@ -230,7 +236,7 @@ class MPLinear(Layer):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.weight = nn.Parameter(_randn(out_features, in_features))
 
     def forward(self, x: Tensor, gain: "Tensor | float" = 1) -> Tensor:
         """x [..., in_features] -> [..., out_features]; gain multiplies the weight."""
@@ -248,8 +254,11 @@ class MPFourier(nn.Module):
 
     def __init__(self, num_channels: int, bandwidth: float = 1) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels) * bandwidth)
-        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+        freqs, phases = torch.empty(num_channels), torch.empty(num_channels)
+        if not freqs.is_meta:
+            freqs, phases = 2 * math.pi * freqs.normal_() * bandwidth, 2 * math.pi * phases.uniform_()
+        self.register_buffer("freqs", freqs)
+        self.register_buffer("phases", phases)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N] -> [N, num_channels]."""

@@ -147,6 +147,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if is_official(path):
         return official.read_snapshot(path).header
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a snapshot in it")
     if not path.is_file():
         raise UserError(f"no such snapshot: {path}")
     try:

@@ -12,6 +12,13 @@ import torch
 Decorator = Callable[[Any], Any]
 
 
+def in_words(error: Exception) -> str:
+    """The message of an error; of one that the system reports of a file, the file and why."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 @contextmanager
 def reported(when_interrupted: str = "interrupted") -> Iterator[None]:
     """Turn errors that a person can act on into a message without a traceback."""
@@ -20,7 +27,7 @@ def reported(when_interrupted: str = "interrupted") -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise click.ClickException(f"not enough GPU memory; try a smaller --batch ({error})") from error
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(in_words(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException(when_interrupted) from None
 

@@ -16,8 +16,15 @@ from tqdm import tqdm
 
 from python_train import UserError
 from python_train.checkpoint import read_header, read_tensors, save_state, snapshot_name, stream_snapshot
+from python_train.command_line import reported
 from python_train.network import Precond
-from python_train.official import LICENSE, OfficialSnapshot, OfficialTrainingState, read_official
+from python_train.official import (
+    EXPORTED_FACTS,
+    LICENSE,
+    OfficialSnapshot,
+    OfficialTrainingState,
+    read_official,
+)
 from python_train.pickles.names import FILE_NAME, nimg_of
 
 
@@ -32,14 +39,15 @@ class Facts:
 
 
 NOTHING_SAID = Facts()
+_OTHER_FILES = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
 def convert(source: Path, target: Path, facts: Facts = NOTHING_SAID, *, overwrite: bool = False) -> list[Path]:
     """Write the networks in one file of the reference as snapshots; returns the new files, each written whole.
 
     Args:
-        source: a snapshot, a reconstructed network (both ``.pkl``) or a training state (``.pt``); nothing in it is
-            executed (:mod:`python_train.official`).
+        source: a snapshot, a reconstructed network (both ``.pkl``), a training state, or what `export_state_dict` wrote
+            (both ``.pt``); nothing in it is executed (:mod:`python_train.official`).
         target: ``NAME.safetensors``, or a folder: a snapshot keeps its name there, averages of a training state are
             named as in training.
         facts: of a training state, ``sigma_rel`` chooses one average; else see :class:`Facts`.
@@ -48,8 +56,15 @@ def convert(source: Path, target: Path, facts: Facts = NOTHING_SAID, *, overwrit
     Memory is that of the largest tensor. Raises UserError if the source is refused, does not tell all that a header
     needs, or the target exists and is something else; nothing is written then.
     """
+    return _convert(source, target, facts, overwrite)[0]
+
+
+def _convert(source: Path, target: Path, facts: Facts, overwrite: bool) -> tuple[list[Path], int]:
+    """The new files, and how many were there already."""
     if source.suffix == ".safetensors":
         raise UserError(f"{source} is a snapshot of this program already; --to official converts it to a .pt file")
+    if target.suffix in _OTHER_FILES and not target.is_dir():
+        raise UserError(f"{target}: results are .safetensors files; name one, or a folder (--to official writes .pt)")
     networks = _networks(source, facts)
     if target.suffix == ".safetensors" and not target.is_dir():
         if len(networks) > 1:
@@ -65,7 +80,7 @@ def convert(source: Path, target: Path, facts: Facts = NOTHING_SAID, *, overwrit
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes = {name: tensor.shape for name, tensor in snapshot.tensors.items()}
         stream_snapshot(path, snapshot.header, shapes, _values(snapshot, path.name))
-    return [path for path, _ in todo]
+    return [path for path, _ in todo], len(outputs) - len(todo)
 
 
 def _networks(source: Path, facts: Facts) -> list[tuple[str, OfficialSnapshot]]:
@@ -137,23 +152,32 @@ def convert_folder(
     if target.suffix == ".safetensors":
         raise UserError(f"{source} is a folder: the results need a folder too, not {target}")
     written: list[Path] = []
+    done = 0
     refused: list[str] = []
     for path in tqdm(paths, unit="file", desc="converting"):
         try:
-            written += convert(path, target, facts, overwrite=overwrite)
+            new, old = _convert(path, target, facts, overwrite)
         except UserError as error:  # noqa: PERF203
             refused.append(str(error))
-    return written, len(paths) - len(written) - len(refused), refused
+        else:
+            written += new
+            done += old
+    return written, done, refused
 
 
 def export_state_dict(source: Path, target: Path, *, overwrite: bool = False) -> None:
     """Write a snapshot of ours as a torch file of plain values, which the reference's network loads as its state dict.
 
     Its keys are those of a training state as far as they apply (spec 9.6): ``net``, the tensors by the reference's
-    names in its order, ``state`` with ``cur_nimg``; and ``init_kwargs``, the arguments of the reference's ``Precond``.
-    The reference's own pickles carry its source code, which this program does not have.
-    Raises UserError if the source is no snapshot or the target exists.
+    names in its order, ``state`` with ``cur_nimg``; ``init_kwargs``, the arguments of the reference's ``Precond``; and
+    what else the header tells, so that `convert` makes the same snapshot of it again. The reference's own pickles carry
+    its source code, which this program does not have. Raises UserError if the source is no snapshot, or the target
+    exists or is not named like such a file.
     """
+    if source.is_dir():
+        raise UserError(f"{source} is a folder: --to official converts one snapshot")
+    if target.is_dir() or target.suffix == ".safetensors":
+        raise UserError(f"{target}: --to official writes a file of torch; name it such as {source.stem}.pt")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already; use --overwrite")
     header = read_header(source)
@@ -163,7 +187,7 @@ def export_state_dict(source: Path, target: Path, *, overwrite: bool = False) ->
     if set(names) != tensors.keys():
         raise UserError(f"{source}: the snapshot is damaged: its tensors are not those of its network")
     net = OrderedDict((name, tensors[name]) for name in names)
-    facts = {key: header[key] for key in ("sigma_rel", "ema_kind", "license") if key in header}
+    facts = {key: header[key] for key in EXPORTED_FACTS if key in header}
     state = {"cur_nimg": header["nimg"], "total_elapsed_time": 0.0}
     target.parent.mkdir(parents=True, exist_ok=True)
     save_state(target, {"state": state, "net": net, "init_kwargs": header["config"], **facts})
@@ -225,17 +249,18 @@ def main(
     Both averages of a training state:
       python -m python_train.convert training-state-0134217.pt averages/
 
-    The way back, --to official, writes a .pt file of plain values for a network that the reference has built:
+    The way back, --to official, writes a .pt file of plain values for a network that the reference has built, and which
+    this command takes as SOURCE too:
 
     \b
       python -m python_train.convert mine.safetensors mine.pt --to official
       data = torch.load("mine.pt"); net = Precond(**data["init_kwargs"]); net.load_state_dict(data["net"])
 
     The published weights are licensed under CC BY-NC-SA 4.0 (no commercial use), which conversion does not change: the
-    licence is written into the header of every result.
+    licence is written into the header of every result, and kept by what is made of it.
     """
     facts = Facts(kimg, sigma_rel, kind, license_text)
-    try:
+    with reported("interrupted; the same command goes on"):
         if sigma_rel is not None and not 0 < sigma_rel < 1:
             raise UserError(f"--sigma-rel must lie between 0 and 1, got {sigma_rel:g}")
         if to == "official":
@@ -250,12 +275,10 @@ def main(
         if source.is_dir():
             written, done, refused = convert_folder(source, target, facts, overwrite=overwrite)
         else:
-            written = convert(source, target, facts, overwrite=overwrite)
-            done = not written
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(f"{len(written)} networks written to {target}, {done:d} were there already")
-    click.echo(f"licence of the weights: {license_text or LICENSE + ' (no commercial use)'}")
+            written, done = _convert(source, target, facts, overwrite)
+    click.echo(f"{len(written)} networks written to {target}, {done} were there already")
+    for text in sorted({read_header(path).get("license") for path in written} - {None}):
+        click.echo(f"licence of the weights: {text}{' (no commercial use)' if text == LICENSE else ''}")
     if refused:
         raise click.ClickException("\n".join([f"{len(refused)} files were not converted:", *refused]))
 

@@ -37,18 +37,27 @@ from python_train.sampling_options import (
 from python_train.world import World, open_world
 
 LARGEST_GRID = 1024
+LARGEST_SEED, MOST_SEEDS = 2**32 - 1, 10_000_000  # larger ones repeat smaller ones (`SeededRandom`)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds of a list such as ``0-63,100``: numbers and inclusive ranges, in order, each once. UserError otherwise."""
+    """Seeds of a list such as ``0-63,100``: numbers and inclusive ranges, in order, each once.
+
+    UserError otherwise, for seeds that are too large to differ from smaller ones, and for too many.
+    """
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"seeds: expected numbers and ranges such as 0-63,100, got {text!r}")
-        if dash and int(last) < int(first):
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers:
             raise UserError(f"seeds: the range {part.strip()!r} is empty; write the smaller number first")
-        seeds.extend(range(int(first), int(last or first) + 1))
+        if numbers[-1] > LARGEST_SEED:
+            raise UserError(f"seeds: the largest is {LARGEST_SEED}, got {part.strip()!r}")
+        if len(seeds) + len(numbers) > MOST_SEEDS:
+            raise UserError(f"seeds: at most {MOST_SEEDS:,} at a time, got more by {part.strip()!r}")
+        seeds.extend(numbers)
     return list(dict.fromkeys(seeds))
 
 
@@ -129,7 +138,7 @@ def generate(
         for net_path, folder in zip(net_paths, folders_of(net_paths, outdir), strict=True)
     ]
     if grid is not None:
-        check_grid(grid, jobs, overwrite)
+        check_grid(grid, jobs, outdir, overwrite)
     share = [seed for chunk in seed_batches(seeds, batch, world.rank, world.size) for seed in chunk]
     todo = [job.missing(share) for job in jobs]
     for job in jobs if world.rank == 0 else ():
@@ -162,6 +171,7 @@ def draw(
         job.make_folders()
         if world.rank == 0:
             job.write_options()
+        world.wait()  # no image without them
         for chunk in batches:
             images = decode(generate_batch(net, job.encoder, chunk, class_idx, guides, **sampler))
             for seed, image in zip(chunk, images.cpu().numpy(), strict=True):
@@ -178,12 +188,12 @@ def check_sampler(guides: Sequence[GuideFile], sampler: dict[str, Any]) -> None:
     sample(net, torch.zeros(1), guides=[Guide(net, guide.weight, guide.interval) for guide in guides], **sampler)
 
 
-def check_grid(path: Path, jobs: Sequence[Job], overwrite: bool) -> None:
+def check_grid(path: Path, jobs: Sequence[Job], outdir: Path, overwrite: bool) -> None:
     """Raise UserError if the picture of all images cannot be drawn, or would replace a file without being asked to."""
     count = sum(len(job.paths) for job in jobs)
     if path.exists() and not overwrite:
         raise UserError(f"the grid {path} exists already; name another file, or remove it")
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() and path.parent.resolve() != outdir.resolve():
         raise UserError(f"the folder of the grid {path} does not exist")
     for job in jobs:
         if job.encoder.facts()["kind"] == "latent" and job.vae is None:

@@ -29,6 +29,7 @@ from python_train.sample import sample
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _LEFTOVER = re.compile(r"\.(.+)\.\d+\.tmp")  # of checkpoint.atomic_write
+_IMAGE = re.compile(r"\d{6,}\.(png|npy)")  # see image_path
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class GuideFile:
     path: Path
     weight: float | list[float]
     interval: Interval | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it makes any difference; else it is not even loaded (spec 6.2)."""
+        return self.weight != 1
 
     def settings(self) -> dict[str, Any]:
         """How it guides, as JSON can hold it."""
@@ -51,8 +57,10 @@ class GuideFile:
         return {**file_facts(self.path), **self.settings()}
 
 
-def check_guide(config: dict[str, Any], guide_config: dict[str, Any]) -> None:
-    """Raise UserError unless the one network can guide the other: same image shape, same classes or none (spec 6.2)."""
+def check_guide(header: dict[str, Any], guide_header: dict[str, Any]) -> None:
+    """Raise UserError unless the one network can guide the other: same image shape, of pixels or of latents, same
+    classes or none (spec 6.2)."""
+    config, guide_config = header["config"], guide_header["config"]
     shape, guide_shape = ([facts["img_channels"], facts["img_resolution"]] for facts in (config, guide_config))
     if shape != guide_shape:
         raise UserError(
@@ -61,6 +69,9 @@ def check_guide(config: dict[str, Any], guide_config: dict[str, Any]) -> None:
         )
     if guide_config["label_dim"] not in (0, config["label_dim"]):
         raise UserError(f"the guide knows {guide_config['label_dim']} classes, the main network {config['label_dim']}")
+    kind, guide_kind = (facts["encoder"].get("kind") for facts in (header, guide_header))
+    if kind != guide_kind:
+        raise UserError(f"the guide was trained on other data ({guide_kind}) than the main network ({kind})")
 
 
 def image_path(outdir: Path, seed: int, subdirs: bool, suffix: str) -> Path:
@@ -112,8 +123,8 @@ class Job:
     """The images of one network: where they go, what they are made with, and which are there already.
 
     Raises UserError, before anything is written, for a snapshot or guide that is unreadable or does not fit, a class
-    that the network does not have, and unless ``overwrite`` where the folder's images were made with other options or
-    by something else.
+    that the network does not have, and where the folder's images were made with other options or by something else;
+    with ``overwrite`` only where some of those would stay, since options.json could not tell them apart.
     """
 
     def __init__(
@@ -129,12 +140,13 @@ class Job:
         overwrite: bool,
         vae: str | None = None,
     ) -> None:
-        self.net_path, self.guides, self.folder, self.overwrite = net_path, guides, folder, overwrite
+        self.net_path, self.folder, self.overwrite = net_path, folder, overwrite
+        self.guides = [guide for guide in guides if guide.is_active]
         header = read_header(net_path)
         config = header["config"]
         _check_class(net_path, config["label_dim"], class_idx)
-        for guide in guides:
-            check_guide(config, read_header(guide.path)["config"])
+        for guide in self.guides:
+            check_guide(header, read_header(guide.path))
         self.encoder = open_encoder(header["encoder"])
         latent = header["encoder"]["kind"] == "latent"
         self.vae = vae if latent else None
@@ -146,18 +158,20 @@ class Job:
         facts = {
             "net": file_facts(net_path),
             "class": class_idx,
-            "guides": [guide.facts() for guide in guides],
+            "guides": [guide.facts() for guide in self.guides],
             "device": device.type,
             "vae": self.vae,
             **sampler_facts(sampler),
         }
         self.options = json.loads(json.dumps(facts))
-        if not overwrite:
+        self.record = folder / "options.json"
+        if overwrite:
+            self._check_rest()
+        else:
             self._check_folder()
 
     def _check_folder(self) -> None:
-        record = self.folder / "options.json"
-        if not record.exists():
+        if not self.record.exists():
             existing = [path for path in self.paths.values() if path.exists()]
             if existing:
                 raise UserError(
@@ -165,16 +179,39 @@ class Job:
                     "were made with; choose another --outdir, or --overwrite"
                 )
             return
-        try:
-            before = dict(json.loads(record.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{record} is damaged ({error}); choose another --outdir, or --overwrite") from error
-        now = self.options
+        before, now = self._recorded(), self.options
         changes = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
         if changes:
             raise UserError(
                 f"the images in {self.folder} were made with other options ({'; '.join(changes)}); "
                 "choose another --outdir, or --overwrite"
+            )
+
+    def _recorded(self) -> dict[str, Any]:
+        """What options.json says."""
+        try:
+            return dict(json.loads(self.record.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.record} is damaged ({error}); choose another --outdir, or --overwrite") from error
+
+    def _is_outdated(self) -> bool:
+        """Whether what images there are were made with other options, or nobody knows with which."""
+        try:
+            return self._recorded() != self.options
+        except (UserError, OSError):
+            return True
+
+    def _check_rest(self) -> None:
+        """Raise UserError if images of other seeds, made with other options, would stay beside the new ones."""
+        if not self._is_outdated():
+            return
+        own = set(self.paths.values())
+        found = (path for pattern in ("*", "[0-9]*/*") for path in self.folder.glob(pattern))
+        rest = sorted(path for path in found if _IMAGE.fullmatch(path.name) and path not in own)
+        if rest:
+            raise UserError(
+                f"{self.folder} holds {len(rest)} more images, such as {rest[0]}, that were made with other options: "
+                "choose another --outdir, or name their seeds too"
             )
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
@@ -195,8 +232,14 @@ class Job:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write_options(self) -> None:
-        """Say in options.json what the images are made with."""
-        write_text(self.folder / "options.json", json.dumps(self.options, indent=2) + "\n")
+        """Say in options.json what the images are made with.
+
+        Those made otherwise, which are to be replaced, are removed before: what an interruption left of them would be
+        taken for new ones.
+        """
+        for path in self.paths.values() if self.overwrite and self._is_outdated() else ():
+            path.unlink(missing_ok=True)
+        write_text(self.record, json.dumps(self.options, indent=2) + "\n")
 
     @contextlib.contextmanager
     def networks(self, device: torch.device) -> Iterator[tuple[Precond, list[Guide]]]:

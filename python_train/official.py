@@ -1,4 +1,5 @@
-"""Weights of the EDM2 reference program, read without executing anything (spec 9): snapshots and training states.
+"""Weights of the EDM2 reference program, read without executing anything (spec 9): snapshots and training states; and
+what `python_train.convert` writes for that program, which is read in the same way.
 
 The reference stores pickles that carry source code and run it when they are loaded. :mod:`python_train.safe_pickle`
 reads them as data; :mod:`python_train.pickles` knows what the data mean. Tensors stay in the file until they are asked
@@ -7,6 +8,7 @@ for.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from python_train.data import VAE_MEAN, VAE_STD, LatentEncoder
+from python_train.data import VAE_MEAN, VAE_STD, LatentEncoder, open_encoder
 from python_train.pickles.arrays import NumpyArray
 from python_train.pickles.config import checked_config, inferred_config, told_config
 from python_train.pickles.files import read_pickle, reading
@@ -26,10 +28,15 @@ from python_train.pickles.zip_file import read_zip
 from python_train.safe_pickle import Names, Refused
 
 _MAX_AVERAGES = 16
+_MOST_FACTS = 2**20  # characters
 
 LICENSE = "CC BY-NC-SA 4.0"
 
 _TRAINING_STATE: Names = {**PLAIN, **STORAGE_TYPES}
+
+
+# What `python_train.convert` keeps of a snapshot's header beside what the reference would have written.
+EXPORTED_FACTS = ("sigma_rel", "ema_kind", "dataset", "encoder", "license", "shape", "sigma_rel_of")
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,7 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
     path = Path(path)
     with reading(path) as file:
         content = read_zip(file, _TRAINING_STATE)
-        counters = content.get("state") if isinstance(content, dict) else None
-        nimg = counters.get("cur_nimg") if isinstance(counters, dict) else None
-        if type(nimg) is not int or nimg < 0:
-            raise Refused("it is no training state of the EDM2 reference program: it has no state.cur_nimg")
+        nimg = _time_of(content)
         averages: dict[float | None, OfficialSnapshot] = {}
         config: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -138,7 +142,6 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
                 shapes = {name: tensor.shape for name, tensor in state.items()}
             elif {name: tensor.shape for name, tensor in state.items()} != shapes:
                 raise Refused("its averages are not of one network")
-            channels = config["img_channels"]
             header = {
                 "format_version": 1,
                 "config": config,
@@ -146,7 +149,7 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
                 "sigma_rel": sigma_rel,
                 "ema_kind": "power",
                 "dataset": _dataset(None, config),
-                "encoder": LatentEncoder().facts() if channels == len(VAE_MEAN) else {"kind": "pixel"},
+                "encoder": _likely_encoder(config),
                 "license": LICENSE,
                 "source": {"file": path.name, "bytes": file.size},
             }
@@ -154,11 +157,23 @@ def read_training_state(path: str | os.PathLike[str]) -> OfficialTrainingState:
     return OfficialTrainingState(nimg, averages)
 
 
+def _time_of(content: Any) -> int:
+    counters = content.get("state") if isinstance(content, dict) else None
+    nimg = counters.get("cur_nimg") if isinstance(counters, dict) else None
+    if type(nimg) is not int or nimg < 0:
+        raise Refused("it is no training state of the EDM2 reference program: it has no state.cur_nimg")
+    return nimg
+
+
+def _likely_encoder(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a file that does not tell."""
+    return LatentEncoder().facts() if config["img_channels"] == len(VAE_MEAN) else {"kind": "pixel"}
+
+
 def _averages(ema: Any) -> list[tuple[float | None, dict[Any, Any]]]:
     """(width, state dict) of each average: power-function ones, or one traditional (spec 5.2, 9.6)."""
     if not isinstance(ema, dict):
-        raise Refused("it holds no average of its network under 'ema'; convert --to official writes such files: "
-                      "use the snapshot that it was made from")  # fmt: skip
+        raise Refused("it holds no average of its network under 'ema'")
     if "emas" not in ema:
         return [(None, ema)]
     stds, states = ema.get("stds"), ema["emas"]
@@ -171,8 +186,60 @@ def _averages(ema: Any) -> list[tuple[float | None, dict[Any, Any]]]:
     return list(zip(stds, states, strict=True))
 
 
-def read_official(path: str | os.PathLike[str]) -> OfficialSnapshot | OfficialTrainingState:
-    """A snapshot or a training state, whichever the content is. Raises UserError for anything else."""
+def read_export(path: str | os.PathLike[str]) -> OfficialSnapshot:
+    """Read what ``python_train.convert --to official`` wrote (``.pt``), executing nothing; weights stay in the file.
+
+    Raises UserError as :func:`read_snapshot` does.
+    """
+    path = Path(path)
     with reading(path) as file:
-        zipped = file.read_at(0, min(4, file.size)) == b"PK\3\4"
-    return read_training_state(path) if zipped else read_snapshot(path)
+        content = read_zip(file, _TRAINING_STATE)
+        nimg, net = _time_of(content), content.get("net")
+        if not isinstance(net, dict) or not all(
+            isinstance(name, str) and isinstance(value, StoredTensor) for name, value in net.items()
+        ):
+            raise Refused("its network under 'net' is not a dictionary of tensors")
+        config = told_config(Module("Precond", {"_init_kwargs": content.get("init_kwargs")}))
+        config = checked_config(config, net, {}, file.size)
+        facts = {key: content[key] for key in EXPORTED_FACTS if key in content}
+        header = {
+            "format_version": 1,
+            "config": config,
+            "nimg": nimg,
+            "sigma_rel": None,
+            "ema_kind": "phema",
+            "dataset": _dataset(None, config),
+            "encoder": _likely_encoder(config),
+            **facts,
+            "source": {"file": path.name, "bytes": file.size},
+        }
+        _check_facts(header)
+    return OfficialSnapshot(header, net)
+
+
+def _check_facts(header: dict[str, Any]) -> None:
+    """Refused unless what an export says of its network is plain and of the kinds that it should be."""
+    sigma_rel, texts = header["sigma_rel"], [header[key] for key in ("license", "shape") if key in header]
+    if not (sigma_rel is None or (type(sigma_rel) in (int, float) and 0 < sigma_rel < 1)):
+        raise Refused("its sigma_rel is not a number in (0, 1)")
+    if header["ema_kind"] not in ("power", "phema") or not all(isinstance(text, str) for text in texts):
+        raise Refused("its ema_kind, license or shape is not what it should be")
+    if not all(isinstance(header.get(key, {}), dict) for key in ("dataset", "encoder", "sigma_rel_of")):
+        raise Refused("its dataset, encoder or sigma_rel_of is not a dictionary")
+    try:
+        length = len(json.dumps(header, allow_nan=False))
+        open_encoder(header["encoder"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused("what it says of its network is not plain, or its encoder is unknown") from error
+    if length > _MOST_FACTS:
+        raise Refused("what it says of its network is too long")
+
+
+def read_official(path: str | os.PathLike[str]) -> OfficialSnapshot | OfficialTrainingState:
+    """A snapshot, a training state or an export, whichever the content is. Raises UserError for anything else."""
+    with reading(path) as file:
+        if file.read_at(0, min(4, file.size)) != b"PK\3\4":
+            return read_snapshot(path)
+        content = read_zip(file, _TRAINING_STATE)
+    is_export = isinstance(content, dict) and "init_kwargs" in content
+    return read_export(path) if is_export else read_training_state(path)

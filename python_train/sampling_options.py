@@ -48,7 +48,7 @@ def parse_interval(text: str) -> Interval:
 def pair_guides(
     paths: Sequence[Path], weights: Sequence[float | list[float]], blend: float | None, intervals: Sequence[Interval]
 ) -> list[GuideFile]:
-    """The guides of the command line: each with its weight and interval, in order; those of weight 1 are left out.
+    """The guides of the command line: each with its weight and interval, in order.
 
     One interval is for all guides. With ``blend`` two guides share one weight (`blended_weights`). UserError where the
     numbers of paths, weights and intervals do not fit.
@@ -66,8 +66,7 @@ def pair_guides(
     if len(intervals) not in (0, 1, len(paths)):
         raise UserError(f"expected one --guidance-interval, or one for each --gnet: got {len(intervals)}")
     intervals = [*intervals] * len(paths) if len(intervals) == 1 else intervals or [None] * len(paths)
-    guides = [GuideFile(*guide) for guide in zip(paths, weights[: len(paths)], intervals, strict=True)]
-    return [guide for guide in guides if guide.weight != 1]
+    return [GuideFile(*guide) for guide in zip(paths, weights[: len(paths)], intervals, strict=True)]
 
 
 def chosen_networks(
@@ -162,8 +161,8 @@ def guidance_options(command: Any) -> Any:
             "--guidance-interval",
             multiple=True,
             help="Guide only in these steps, counted from 0, such as 15-21, or "
-            "noise levels, such as 0.28,2.90, each taken for the nearest of the grid. One for all, or one for each "
-            "--gnet. Elsewhere guides are not evaluated.",
+            "from above the one noise level to the other, such as 0.28,2.90, each taken for the nearest of the grid. "
+            "One for all, or one for each --gnet. Elsewhere guides are not evaluated.",
         ),
     ]
     return decorated(command, options)

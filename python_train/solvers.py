@@ -79,6 +79,10 @@ class Churn:
     def __post_init__(self) -> None:
         if not 0 <= self.S_churn < inf:
             raise ValueError(f"S_churn must not be negative or infinite, got {self.S_churn}")
+        if not 0 <= self.S_min <= self.S_max:
+            raise ValueError(f"churn: expected 0 <= S_min <= S_max, got {self.S_min} and {self.S_max}")
+        if not 0 <= self.S_noise < inf:
+            raise ValueError(f"S_noise must not be negative or infinite, got {self.S_noise}")
 
     def gammas(self, levels: Tensor) -> list[float]:
         """By how much each step of the grid raises its noise level: t_hat = (1 + gamma) t."""

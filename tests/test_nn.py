@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,23 @@ def test_layers_on_the_meta_device_and_in_half_precision(backend: str) -> None:
 def test_bad_groups() -> None:
     with pytest.raises(ValueError, match="MPConv: groups must divide in_channels=3 and out_channels=4, got 2"):
         MPConv(3, 4, 3, groups=2)
+
+
+def test_networks_without_values_are_made_at_once() -> None:
+    """Arithmetic on the device "meta" imports compilers, which took four seconds of every command."""
+    code = """
+import sys, torch, edm2ext.nn
+with torch.device("meta"):
+    net = torch.nn.ModuleList([edm2ext.nn.MPConv(4, 4, 3), edm2ext.nn.MPLinear(4, 4), edm2ext.nn.MPFourier(4)])
+assert all(value.is_meta for value in net.state_dict().values())
+assert "sympy" not in sys.modules, "compilers were imported"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_weights_are_those_of_randn() -> None:
+    torch.manual_seed(0)
+    conv, linear = MPConv(4, 2, 3), MPLinear(3, 5)
+    torch.manual_seed(0)
+    assert torch.equal(conv.weight, torch.randn(2, 4, 3, 3))
+    assert torch.equal(linear.weight, torch.randn(5, 3))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edm2ext import ops
 from edm2ext.phema.profiles import power_beta, sigma_rel_to_gamma
-from edm2ext.phema.stored import clean_name, save_average
+from edm2ext.phema.stored import clean_names, save_average
 
 
 class PowerEMA:
@@ -30,7 +30,8 @@ class PowerEMA:
     def __init__(self, net_or_params: nn.Module | Iterable[Tensor], sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
         self.net = net_or_params if isinstance(net_or_params, nn.Module) else None
         if self.net is not None:
-            named = {clean_name(name): p for name, p in self.net.named_parameters() if p.requires_grad}
+            clean = _clean_names(self.net)
+            named = {clean[name]: p for name, p in self.net.named_parameters() if p.requires_grad}
             if not named:
                 raise ValueError("PowerEMA: the module has no parameters that require gradients")
             self.names, self.params = list(named), list(named.values())
@@ -88,7 +89,7 @@ class PowerEMA:
         writes; all must call it.
         """
         nimg = self.nimg if nimg is None else nimg
-        buffers = {} if self.net is None else {clean_name(name): b for name, b in self._buffers()}
+        buffers = {} if self.net is None else dict(self._buffers())
         for sigma_rel in self.sigma_rels:
             tensors = {**self.averages(sigma_rel), **buffers}
             if _is_first_process():
@@ -103,8 +104,8 @@ class PowerEMA:
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """Those that belong to a state dict."""
-        kept = self.net.state_dict().keys()
-        return [(name, _whole(_local(b), b)) for name, b in self.net.named_buffers() if name in kept]
+        clean, kept = _clean_names(self.net), self.net.state_dict().keys()
+        return [(clean[name], _whole(_local(b), b)) for name, b in self.net.named_buffers() if name in kept]
 
     def state_dict(self) -> dict[str, Any]:
         """Widths, time, and the averages themselves (not copies; of sharded parameters, this process's shards)."""
@@ -126,6 +127,10 @@ class PowerEMA:
             for ema, value in zip(profile, saved, strict=True):
                 ema.copy_(value)
         self.nimg, self.updates = state.get("nimg", 0), state.get("updates", 0)
+
+
+def _clean_names(net: nn.Module) -> dict[str, str]:
+    return clean_names([name for name, _ in (*net.named_parameters(), *net.named_buffers())])
 
 
 def _local(param: Tensor) -> Tensor:

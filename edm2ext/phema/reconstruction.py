@@ -136,6 +136,7 @@ class Reconstruction:
             raise ValueError(f"reconstruct: expected {len(self.targets)} output paths, got {len(paths)}")
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f"reconstruct: dtype must be float16 or float32, got {dtype}")
+        _check_device(device)  # before anything is written
         headers = headers or [self.header(target) for target in self.targets]
         buffers = {"buffers": sorted(self.combination.copied)} if self.combination.copied else {}
         metadata = [{HEADER: json.dumps({**header, **buffers})} for header in headers]
@@ -162,6 +163,7 @@ class Reconstruction:
         progress: Callable[[int], None] = lambda elements: None,
     ) -> list[dict[str, Tensor]]:
         """The state dict of each target, on the CPU."""
+        _check_device(device)
         sinks = [_Memory(self.combination, m, dtype) for m in range(len(self.targets))]
         stream(
             self.combination, sinks, dtype=dtype, device=device, memory=memory, threads=threads, written=progress
@@ -227,6 +229,15 @@ def reconstruct(
     if outputs is None:
         return work.in_memory(**settings)
     return work.to_files(outputs, **settings)
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Raise ValueError if there is none of that name here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"reconstruct: device {str(device)!r} cannot be used here: {reason}") from error
 
 
 def _with_width(target: Target, width: float | None) -> Target:

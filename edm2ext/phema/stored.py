@@ -176,9 +176,13 @@ class StoredAverage:
         return max(kinds - {""}, key=ROUNDING.__getitem__, default="fp32")
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name without the parts that torch.compile and DistributedDataParallel put into it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+def clean_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name of a state dict, and it without the parts that torch.compile and DistributedDataParallel put into it:
+    ``module.`` in front of all of them is the latter's."""
+    clean = {name: name.replace("_orig_mod.", "") for name in names}
+    if all(name.startswith("module.") for name in clean.values()):
+        clean = {name: short.removeprefix("module.") for name, short in clean.items()}
+    return clean
 
 
 def open_average(
@@ -197,11 +201,11 @@ def open_average(
         sigma_rel = header["sigma_rel"] if sigma_rel is None else sigma_rel
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not tell its time and width (no nimg and sigma_rel in its header)") from error
-    names = {name: clean_name(name) for name in tensors}
+    names = clean_names(tensors)
     if len(set(names.values())) < len(names):
         raise ValueError(f"{path} holds the same parameter under the names of a plain and a compiled module")
     copied = {names[name] for name, t in tensors.items() if not t.dtype.is_floating_point}
-    copied |= {clean_name(name) for name in header.get("buffers", [])}
+    copied |= {names[name] for name in header.get("buffers", []) if name in names}
     refined = with_residual(path, header, tensors)
     return StoredAverage(
         path,
@@ -209,7 +213,7 @@ def open_average(
         sigma_rel,
         {names[n]: t for n, t in refined.items()},
         header,
-        frozenset(copied & set(names.values())),
+        frozenset(copied),
     )
 
 

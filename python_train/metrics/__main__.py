@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,18 @@ from python_train.checkpoint import write_text
 from python_train.command_line import decorated, device_options, reported
 from python_train.download import local_file
 from python_train.generate import parse_seeds
-from python_train.metrics.compare import Estimate, measure
+from python_train.image_job import GuideFile
+from python_train.metrics.compare import Estimate, check_numbers, measure
 from python_train.metrics.extractors import KINDS, NEED_WEIGHTS, FeatureExtractor, feature_extractor
-from python_train.metrics.images import Drawing, Stored, StoredGuide, dataset_images, open_images
+from python_train.metrics.images import (
+    Drawing,
+    Stored,
+    StoredGuide,
+    dataset_images,
+    open_images,
+    reconstruction_warnings,
+)
+from python_train.metrics.manifold import MOST_NEIGHBOURS
 from python_train.metrics.passes import feature_pass, random_subset
 from python_train.metrics.reference import Reference, describe, read_reference, write_reference
 from python_train.sampling_options import (
@@ -76,6 +86,11 @@ def _check_output(path: Path | None, overwrite: bool) -> None:
         raise UserError(f"{path} exists already; name another file, or --overwrite")
     if not path.parent.is_dir():
         raise UserError(f"the folder of {path} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _extractors(names: Sequence[str], weights: dict[str, str | None], world: World) -> list[FeatureExtractor]:
@@ -119,6 +134,11 @@ def _compare(
     world: World,
 ) -> dict[str, Estimate]:
     """All metrics of the images; process 0 computes them, the others return nothing."""
+    compared = [reference.features[extractor.name] for extractor in extractors]
+    for features in compared:
+        check_numbers(len(indices), features, kid_subset)
+    if kid_subset is not None and all(features.features is None for features in compared):
+        raise UserError("--kid-subset: the reference holds mean and covariance only, of which there is no KID")
     found = feature_pass(indices, produce, extractors, batch=batch, world=world, show_progress=world.rank == 0)
     estimates: dict[str, Estimate] = {}
     for extractor in extractors if world.rank == 0 else ():
@@ -177,7 +197,7 @@ def main() -> None:
               "pass.  [default: those of --inception and --dinov2, else efflite0]")  # fmt: skip
 @_weights_options
 @click.option("--keep", type=click.IntRange(min=0), default=PUBLISHED_NUM, help="Keep the features of so many images, "
-              "for all metrics but the Fréchet distance.")  # fmt: skip
+              "for all metrics but the Fréchet distance; 0 = for that alone.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=0), default=2, help="Processes that read ahead, in each process.")
 @device_options(64)
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
@@ -204,6 +224,10 @@ def _ref(
     with reported(), open_world(device) as world:
         _check_output(dest, overwrite)
         dataset = open_images(data)
+        kept = min(keep, dataset.num_images)
+        if 0 < kept <= MOST_NEIGHBOURS:
+            raise UserError(f"the features of {kept} images are too few for any metric: keep {MOST_NEIGHBOURS + 1} or "
+                            "more, or by --keep 0 none, which leaves the Fréchet distance")  # fmt: skip
         names = list(dict.fromkeys(features)) or [name for name in weights if weights[name]] or ["efflite0"]
         extractors = _extractors(names, weights, world)
         indices = random_subset(dataset.num_images, dataset.num_images)
@@ -357,6 +381,10 @@ def _gen(
         for drawing in drawings:
             if drawing.shape is not None:
                 reference.check_shape(ref_path, drawing.shape)
+        if world.rank == 0:
+            networks = [drawing.network for drawing in drawings] + [guide.network for guide in guides]
+            for text in reconstruction_warnings(networks):
+                click.echo(f"WARNING: {text}", err=True)
         results: list[dict[str, Any]] = []
         for drawing in drawings:
             estimates = _compare(
@@ -398,23 +426,22 @@ def _in_words(facts: dict[str, Any]) -> str:
     return facts["file"] + (f" ({', '.join(known)})" if known else "")
 
 
-def _stored_guides(files: Sequence[Any], sigma_rels: Sequence[float], kimgs: Sequence[int]) -> list[StoredGuide]:
-    """The guides, those that are folders with their EMA lengths and times in order; one value is for all of them."""
-    folders = [file for file in files if file.path.is_dir()]
+def _stored_guides(files: Sequence[GuideFile], sigma_rels: Sequence[float], kimgs: Sequence[int]) -> list[StoredGuide]:
+    """The guides that make a difference; folders get their EMA lengths and times in order, one value is for all."""
+    is_folder = [file.path.is_dir() for file in files]
     for option, values in (("--gnet-sigma-rel", sigma_rels), ("--gnet-kimg", kimgs)):
-        if len(values) not in (0, 1, len(folders)) or (values and not folders):
+        if len(values) not in (0, 1, sum(is_folder)) or (values and not any(is_folder)):
             raise UserError(f"expected one {option}, or one for each --gnet that is a folder: got {len(values)}")
+    guides, folders = [], 0
+    for file, among_folders in zip(files, is_folder, strict=True):
+        of_folder = [_one_of(values, folders) if among_folders else None for values in (sigma_rels, kimgs)]
+        folders += among_folders
+        guides.append(StoredGuide(Stored(file.path, *of_folder), file))
+    return [guide for guide in guides if guide.file.is_active]
 
-    def of(values: Sequence[Any], index: int) -> Any:
-        return None if not values else values[0] if len(values) == 1 else values[index]
 
-    guides = []
-    for file in files:
-        is_folder = file in folders
-        index = folders.index(file) if is_folder else 0
-        stored = Stored(file.path, of(sigma_rels, index), of(kimgs, index)) if is_folder else Stored(file.path)
-        guides.append(StoredGuide(stored, file))
-    return guides
+def _one_of(values: Sequence[Any], index: int) -> Any:
+    return None if not values else values[0] if len(values) == 1 else values[index]
 
 
 if __name__ == "__main__":

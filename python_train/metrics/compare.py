@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from python_train import UserError
-from python_train.metrics.kid import resampled_kid, subset_kid
-from python_train.metrics.manifold import manifold
+from python_train.metrics.kid import check_subset, resampled_kid, subset_kid
+from python_train.metrics.manifold import check_sizes, manifold
 from python_train.metrics.moments import FrechetDistance, Gaussian, gaussian_of
 
 Z95 = 1.959963984540054  # of the normal distribution
@@ -85,6 +85,7 @@ def measure(
     counted on ``device``. Raises UserError for features that are not finite or do not fit, and for too few images.
     """
     _check(generated, reference)
+    check_numbers(len(generated), reference, kid_subset)
     generated = generated.to("cpu", torch.float64)
     weights = _weights(len(generated), replicates, seed)
     distance = FrechetDistance(reference.gaussian)
@@ -105,12 +106,21 @@ def measure(
     return result
 
 
+def check_numbers(images: int, reference: ReferenceFeatures, kid_subset: int | None = None) -> None:
+    """Raise UserError where `measure` would, given so many generated images: before they are drawn."""
+    if images < 2:
+        raise UserError(f"metrics need at least 2 images, got {images}")
+    if reference.features is None:
+        return
+    check_sizes(images, len(reference.features))
+    if kid_subset is not None:
+        check_subset(images, len(reference.features), kid_subset)
+
+
 def _check(generated: Tensor, reference: ReferenceFeatures) -> None:
     dim = len(reference.gaussian.mu)
     if generated.ndim != 2 or generated.shape[1] != dim:
         raise UserError(f"expected features [images, {dim}], as the reference has, got {list(generated.shape)}")
-    if len(generated) < 2:
-        raise UserError(f"metrics need at least 2 images, got {len(generated)}")
     if not bool(generated.isfinite().all()):
         bad = int((~generated.isfinite()).any(dim=1).nonzero()[0])
         raise UserError(f"the features of image {bad} are not finite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from python_train.guidance import Guide
 from python_train.image_job import GuideFile, check_guide
 from python_train.metrics.passes import Indices
 from python_train.network import Precond
-from python_train.reconstruct import find_snapshots, reconstruct, target_time
+from python_train.reconstruct import find_snapshots, reconstruct, target_time, warnings_of
 
 
 def open_images(path: str) -> Dataset:
@@ -62,9 +62,10 @@ class Stored:
         if self.sigma_rel is None:
             raise UserError(f"{self.path} is a folder: name the EMA length sigma_rel of the network to make of it")
         snapshots = find_snapshots(self.path)
-        return {**snapshots[0].header, "nimg": self._time(snapshots), "sigma_rel": self.sigma_rel, "ema_kind": "phema"}
+        return {**snapshots[0].header, "nimg": self.time(snapshots), "sigma_rel": self.sigma_rel, "ema_kind": "phema"}
 
-    def _time(self, snapshots: Sequence[Any]) -> int:
+    def time(self, snapshots: Sequence[Any]) -> int:
+        """The training time in images, of a run with these snapshots. UserError if none was taken then."""
         at_kimg = [snapshot.nimg for snapshot in snapshots if snapshot.nimg // 1000 == self.kimg]
         return target_time(snapshots, None if self.kimg is None else (at_kimg or [self.kimg * 1000])[0])
 
@@ -73,13 +74,27 @@ class Stored:
         if self.sigma_rel is None:
             return load_snapshot(self.path, device)[0]
         snapshots = find_snapshots(self.path)
-        (result,) = reconstruct(snapshots, [self.sigma_rel], self._time(snapshots))
+        (result,) = reconstruct(snapshots, [self.sigma_rel], self.time(snapshots))
         return result.net.to(device)
 
     def facts(self) -> dict[str, Any]:
         """What a table of results says of it."""
         header = self.header()
         return {"file": str(self.path), "nimg": header["nimg"], "sigma_rel": header["sigma_rel"]}
+
+
+def reconstruction_warnings(networks: Iterable[Stored]) -> list[str]:
+    """What the snapshots of runs cannot support among these networks."""
+    widths: dict[tuple[Path, int | None], set[float]] = {}
+    for network in networks:
+        if network.sigma_rel is not None:
+            widths.setdefault((network.path, network.kimg), set()).add(network.sigma_rel)
+    found = []
+    for (path, kimg), chosen in widths.items():
+        snapshots = find_snapshots(path)
+        nimg = Stored(path, kimg=kimg).time(snapshots)
+        found += [f"{path}: {text}" for text in warnings_of(snapshots, sorted(chosen), nimg)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class Drawing:
         if class_idx is not None and not 0 <= class_idx < config["label_dim"]:
             raise UserError(f"class {class_idx} does not exist: {network.path} has {config['label_dim']} classes")
         for guide in guides:
-            check_guide(config, guide.network.header()["config"])
+            check_guide(header, guide.network.header())
         check_sampler([guide.file for guide in guides], sampler)
         self.encoder: Encoder = open_encoder(header["encoder"])
         self.is_latent = header["encoder"]["kind"] == "latent"

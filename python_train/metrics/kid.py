@@ -64,15 +64,20 @@ def kid(generated: Tensor, reference: Tensor) -> float:
     return float(resampled_kid(generated, reference, torch.ones(1, len(generated))))
 
 
+def check_subset(generated: int, reference: int, size: int) -> None:
+    """Raise UserError unless subsets of ``size`` can be drawn from so many images."""
+    for name, count in (("generated", generated), ("reference", reference)):
+        if count < size:
+            raise UserError(f"KID of subsets of {size} images: there are only {count} {name} ones")
+
+
 def subset_kid(generated: Tensor, reference: Tensor, size: int, subsets: int = 100, seed: int = 0) -> list[float]:
     """KID of random subsets of ``size`` images of each kind, as publications average it.
 
     Raises UserError where there are fewer images than that.
     """
     _check(generated, reference)
-    for name, features in (("generated", generated), ("reference", reference)):
-        if len(features) < size:
-            raise UserError(f"KID of subsets of {size} images: there are only {len(features)} {name} ones")
+    check_subset(len(generated), len(reference), size)
     generator = torch.Generator().manual_seed(seed)
 
     def subset(features: Tensor) -> Tensor:

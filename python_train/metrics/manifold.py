@@ -15,6 +15,7 @@ from python_train import UserError
 
 ROWS = 512  # of a distance matrix at a time
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+MOST_NEIGHBOURS = max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,22 @@ def _squared_radii(x: Tensor, ks: tuple[int, ...]) -> Tensor:
     return torch.cat(radii, dim=1)
 
 
+def check_sizes(generated: int, reference: int) -> None:
+    """Raise UserError unless these are enough images."""
+    for name, count in (("generated", generated), ("reference", reference)):
+        if count <= MOST_NEIGHBOURS:
+            raise UserError(
+                f"precision, recall, density and coverage take the {MOST_NEIGHBOURS} nearest neighbours of an image: "
+                f"{count} {name} images are too few"
+            )
+
+
 def manifold(generated: Tensor, reference: Tensor) -> Manifold:
     """Compare features [N,D] and [M,D], in float64. Precision and recall take k = 3, density and coverage k = 5.
 
     Raises UserError for as few images as that.
     """
-    largest = max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
-    for name, features in (("generated", generated), ("reference", reference)):
-        if len(features) <= largest:
-            raise UserError(
-                f"precision, recall, density and coverage take the {largest} nearest neighbours of an image: "
-                f"{len(features)} {name} images are too few"
-            )
+    check_sizes(len(generated), len(reference))
     x, y = generated.to(torch.float64), reference.to(torch.float64)
     (radius_x,) = _squared_radii(x, (PRECISION_NEIGHBOURS,))
     radius_y, wide_radius_y = _squared_radii(y, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))

@@ -79,7 +79,7 @@ def feature_pass(
         produce: yields the images of each of a list of batches of indices, uint8 [N,C,H,W].
         extractors: the kinds of features.
         batch: images at a time in each process.
-        keep: the images whose features are kept, among ``indices``. None = all.
+        keep: the images whose features are kept, among ``indices``. None = all; of none, there are moments only.
         world: the processes that share the work. All of them get the result, on the CPU.
         show_progress: draw a progress bar.
 
@@ -112,7 +112,7 @@ def feature_pass(
                     kept[column].append(part.kept.cpu())
                 progress.update(len(rows))
     return {
-        extractor.name: ReferenceFeatures(total.gaussian(), torch.cat(parts))
+        extractor.name: ReferenceFeatures(total.gaussian(), torch.cat(parts) if is_kept.any() else None)
         for extractor, total, parts in zip(extractors, totals, kept, strict=True)
     }
 

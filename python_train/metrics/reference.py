@@ -55,7 +55,7 @@ class Reference:
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Write our kind of file, atomically: safetensors with a readable JSON header."""
+    """Write our kind of file, atomically: safetensors with a readable JSON header. OSError if the disk refuses."""
     tensors: dict[str, Tensor] = {}
     for name, features in reference.features.items():
         tensors[f"{name}.mu"], tensors[f"{name}.sigma"] = features.gaussian.mu, features.gaussian.sigma
@@ -70,7 +70,10 @@ def write_reference(path: Path, reference: Reference) -> None:
     }
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     with atomic_write(path) as temporary:
-        safetensors.torch.save_file(contiguous, temporary, metadata={_HEADER: json.dumps(header)})
+        try:
+            safetensors.torch.save_file(contiguous, temporary, metadata={_HEADER: json.dumps(header)})
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def read_reference(path: Path) -> Reference:

@@ -17,6 +17,7 @@ from edm2ext.phema import FITS, Quality, Target, parse_sigma_rel_list
 from edm2ext.phema.stream import DEFAULT_MEMORY
 from python_train import UserError
 from python_train.checkpoint import snapshot_name
+from python_train.command_line import in_words
 from python_train.config import format_nimg
 from python_train.reconstruct.snapshots import Snapshot, find_snapshots, open_snapshots, target_time
 from python_train.snapshot_storage import FORMAT_VERSION
@@ -110,6 +111,13 @@ def warnings(qualities: Sequence[Quality], kind: str = "weights") -> list[str]:
             "--snapshot-storage fp16+8 or fp32 avoids it"
         )
     return found
+
+
+def warnings_of(snapshots: Sequence[Snapshot], widths: Sequence[float], nimg: int) -> list[str]:
+    """`warnings` about networks of these widths at a time; UserError and ValueError as the reconstruction itself."""
+    averages = open_snapshots([snapshot for snapshot in snapshots if 0 < snapshot.nimg <= nimg])
+    work = phema.Reconstruction(averages, [Target(width, nimg) for width in widths])
+    return warnings(work.quality(work.motion()))
 
 
 _profile_error, _expected_error, _rounding_noise = map(
@@ -237,7 +245,7 @@ def main(
                 progress=lambda position: progress.update(position - progress.n),
             )  # fmt: skip
     except (ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(in_words(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; the same command continues") from None
     click.echo(f"{len(todo)} networks written to {outdir}, {len(targets) - len(todo)} were there already")

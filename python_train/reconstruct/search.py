@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from edm2ext.phema import parse_sigma_rel_list
@@ -21,9 +22,9 @@ from python_train.command_line import device_options, reported
 from python_train.generate import parse_seeds
 from python_train.image_job import GuideFile
 from python_train.metrics import measure
-from python_train.metrics.compare import ReferenceFeatures
+from python_train.metrics.compare import ReferenceFeatures, check_numbers
 from python_train.metrics.extractors import KINDS, NEED_WEIGHTS, FeatureExtractor, feature_extractor
-from python_train.metrics.images import Drawing, Stored, StoredGuide
+from python_train.metrics.images import Drawing, Stored, StoredGuide, reconstruction_warnings
 from python_train.metrics.passes import feature_pass, random_subset
 from python_train.metrics.reference import read_reference
 from python_train.pictures import BLUE, GREY, ORANGE, save_figure
@@ -32,6 +33,7 @@ from python_train.world import World, open_world
 
 Point = dict[str, Any]  # a value for each axis
 Evaluate = Callable[[Point], float]
+ANY_WIDTH = 0.1  # where a time is asked for and the width makes no difference
 HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage")
 
 
@@ -45,7 +47,10 @@ class Table:
         self.path = path
         self.values: dict[str, float] = {}
         self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text.splitlines()
+        if text and not text.endswith("\n"):
+            _write_lines(path, lines)
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
@@ -199,8 +204,30 @@ class MetricOfImages:
     reference: ReferenceFeatures
     extractor: FeatureExtractor
     kimg: int | None
+    gnet_kimg: int | None
     batch: int
     world: World
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what `measure` would, before anything is drawn."""
+        if self.reference.features is None and self.metric != "fd":
+            raise UserError(f"the reference holds no features of single images, which {self.metric} needs")
+        check_numbers(len(self.seeds), self.reference)
+
+    def settings(self) -> dict[str, Any]:
+        """All that its values depend on beside the point."""
+        kept = ("run", "gnet", "seeds", "class_idx", "sampler", "vae", "metric")
+        folders = [(self.run, self.kimg), (self.gnet, self.gnet_kimg)]
+        return {
+            **{name: getattr(self, name) for name in kept},
+            "features": self.extractor.identity,
+            "reference": hashlib.sha256(self.reference.gaussian.mu.numpy().tobytes()).hexdigest(),
+            "nimg": [
+                Stored(path, ANY_WIDTH if path.is_dir() else None, kimg).header()["nimg"]
+                for path, kimg in folders
+                if path is not None
+            ],
+        }
 
     def __call__(self, point: Point) -> float:
         """Draw the images of the seeds with these EMA lengths and guidance, and measure them."""
@@ -213,17 +240,24 @@ class MetricOfImages:
             world=self.world,
         )
         estimates = measure(found[self.extractor.name].features, self.reference, device=self.world.device)
-        if self.metric not in estimates:
-            raise UserError(f"the reference holds no features of single images, which {self.metric} needs")
         value = estimates[self.metric].value
-        return -value if self.metric in HIGHER_IS_BETTER else value
+        value = -value if self.metric in HIGHER_IS_BETTER else value
+        # All processes must go on alike, whatever rounding made of theirs.
+        return float(self.world.broadcast(torch.tensor([value], dtype=torch.float64, device=self.world.device), 0))
+
+    def networks(self, axes: Mapping[str, Sequence[Any]]) -> list[Stored]:
+        """All that may be made of the snapshots."""
+        own = [Stored(self.run, width, self.kimg) for width in axes["sigma_rel"]]
+        if self.gnet is None:
+            return own
+        return own + [Stored(self.gnet, width, self.gnet_kimg) for width in axes["guide_sigma_rel"]]
 
     def drawing(self, point: Point) -> Drawing:
         """The images at a point, not drawn yet."""
         guides = []
         if self.gnet is not None and point["guidance"] != 1:
             interval = None if point["interval"] is None else parse_interval(point["interval"])
-            network = Stored(self.gnet, point["guide_sigma_rel"])
+            network = Stored(self.gnet, point["guide_sigma_rel"], self.gnet_kimg)
             guides = [StoredGuide(network, GuideFile(self.gnet, point["guidance"], interval))]
         network = Stored(self.run, point["sigma_rel"], self.kimg)
         return Drawing(network, guides, self.seeds, self.class_idx, self.sampler, self.vae)
@@ -255,6 +289,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--class", "class_idx", type=int, help="Draw this class only.  [default: a random class per seed]")
 @click.option("--gnet", type=_PATH, help="A guiding network: a snapshot, or a run's folder.")
 @click.option("--guidance", default="1,1.5,2,2.5", help="With --gnet: weights to try.")
+@click.option("--gnet-kimg", type=int, help="With a folder as --gnet: its training time, in thousands of images.  "
+              "[default: the latest]")  # fmt: skip
 @click.option("--gnet-outstd", help="With a folder as --gnet: its widths to try.  [default: those of --outstd]")
 @click.option("--guidance-interval", "intervals", multiple=True, help="With --gnet: intervals to try beside guidance "
               "in all steps, as 15-21 or 0.28,2.90. May be given several times.")  # fmt: skip
@@ -275,6 +311,7 @@ def main(
     class_idx: int | None,
     gnet: Path | None,
     guidance: str,
+    gnet_kimg: int | None,
     gnet_outstd: str | None,
     intervals: tuple[str, ...],
     rounds: int,
@@ -285,10 +322,10 @@ def main(
 ) -> None:
     """Find the EMA length that is best by a metric, alone or together with the guidance.
 
-    Sweeps sigma_rel, and with --gnet then guidance weight, the guide's sigma_rel and the interval, one after the other
-    with the rest at its best, again and again until nothing gets better; at the end it tries a sigma_rel between the
-    listed ones. All points are measured on the same seeds. table.jsonl keeps what is measured: the same command goes
-    on after an interruption, and costs nothing once it is done. Works under torchrun.
+    Sweeps sigma_rel, and with --gnet then the guide's sigma_rel, the interval and the guidance weight, one after the
+    other with the rest at its best, again and again until nothing gets better; at the end it tries a sigma_rel between
+    the listed ones. All points are measured on the same seeds. table.jsonl keeps what is measured: the same command
+    goes on after an interruption, and costs nothing once it is done. Works under torchrun.
 
     \b
       python -m python_train.metrics ref photos64.zip photos64.ref
@@ -305,16 +342,15 @@ def main(
         reference.check(ref_path, extractor)
         compared = reference.features[features]
         evaluate = MetricOfImages(
-            indir, gnet, images, class_idx, sampler, vae, metric, compared, extractor, kimg, batch, world
+            indir, gnet, images, class_idx, sampler, vae, metric, compared, extractor, kimg, gnet_kimg, batch, world
         )
         for point in corners(axes):
             evaluate.drawing(point)  # raises for what does not fit, before anything is drawn
+        if world.rank == 0:
+            for text in reconstruction_warnings(evaluate.networks(axes)):
+                click.echo(f"WARNING: {text}", err=True)
         outdir.mkdir(parents=True, exist_ok=True)
-        kept = ("run", "gnet", "seeds", "class_idx", "sampler", "vae")
-        settings = {name: getattr(evaluate, name) for name in kept}
-        settings |= {"metric": metric, "features": extractor.identity, "ref": ref_path}
-        settings["nimg"] = Stored(indir, axes["sigma_rel"][0], kimg).header()["nimg"]
-        table = Table(outdir / "table.jsonl", settings)
+        table = Table(outdir / "table.jsonl", evaluate.settings())
         if world.rank > 0:
             table.path = Path("/dev/null")
         shown = metric_name(features, metric)
@@ -330,6 +366,10 @@ def main(
         found = minimise(axes, measured, table, refine=["sigma_rel"], rounds=rounds)
         if world.rank == 0:
             _finish(outdir, table, found, shown, sign < 0)
+            for name in at_the_end(axes, found.point):
+                click.echo(
+                    f"{name} {found.point[name]:g} is at the end of what was tried: what lies beyond may be better"
+                )
 
 
 def _finish(outdir: Path, table: Table, found: Found, metric: str, higher_is_better: bool) -> None:
@@ -341,6 +381,18 @@ def _finish(outdir: Path, table: Table, found: Found, metric: str, higher_is_bet
     )
     text = ", ".join(f"{name} {v}" for name, v in canonical(found.point).items() if v is not None)
     click.echo(f"best of {found.measured}: {text}: {metric} {value:.6g}; see {outdir / 'sigma_rel.png'}")
+
+
+def at_the_end(axes: Mapping[str, Sequence[Any]], best: Point) -> list[str]:
+    """The axes of numbers of which the best point has the first or the last of several."""
+    point = canonical(best)
+    return [
+        name
+        for name in ("sigma_rel", "guide_sigma_rel", "guidance")
+        if len(values := sorted(filter(None, axes.get(name, ())))) > 1
+        and point[name] in (values[0], values[-1])
+        and (name, point[name]) != ("guidance", 1)  # beyond lies what makes images worse
+    ]
 
 
 def metric_name(features: str, metric: str) -> str:
@@ -360,7 +412,6 @@ def search_axes(
         return axes
     for interval in intervals:
         parse_interval(interval)
-    axes["guidance"] = _numbers("--guidance", guidance)
     if gnet.is_dir():
         axes["guide_sigma_rel"] = parse_sigma_rel_list(gnet_outstd or outstd)
     elif gnet_outstd:
@@ -368,6 +419,7 @@ def search_axes(
     else:
         axes["guide_sigma_rel"] = [None]
     axes["interval"] = [None, *intervals]
+    axes["guidance"] = _numbers("--guidance", guidance)  # last: none at all is judged beside a guide that fits
     return axes
 
 

@@ -69,7 +69,8 @@ def run(
     Raises UserError if outdir holds anything but an earlier run's files.
     """
     names = {"toy.png", "toy.md", *(f"{name}.safetensors" for name in recipes)}
-    others = sorted(path.name for path in outdir.iterdir() if path.name not in names) if outdir.exists() else []
+    found = [path.name for path in outdir.iterdir()] if outdir.exists() else []
+    others = sorted(name for name in found if name not in names and not name.startswith("."))
     if others:
         raise UserError(f"{outdir} holds something else ({others[0]}); choose another --outdir")
     outdir.mkdir(parents=True, exist_ok=True)

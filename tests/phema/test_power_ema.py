@@ -105,6 +105,23 @@ def test_compiled_modules_have_plain_names(tmp_path: Path) -> None:
     net.load_state_dict(load_file(tmp_path / "0.05.safetensors"))
 
 
+def test_a_child_called_module_is_not_a_wrapper(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"module": nn.Linear(2, 2), "weight_of": nn.Linear(2, 2)})
+    net.register_parameter("weight", nn.Parameter(torch.ones(3)))
+    ema = PowerEMA(net)
+    assert ema.names == [name for name, _ in net.named_parameters()]
+    wrapped = nn.Module()
+    wrapped.module = torch.compile(net, backend="eager")
+    wrapped.module.register_buffer("mean", torch.zeros(2))
+    assert PowerEMA(wrapped).names == ema.names
+    wrapped.module.register_buffer("later", torch.zeros(2))
+    ema = PowerEMA(wrapped)
+    ema.update(8)
+    ema.save(lambda width: tmp_path / f"{width}.safetensors")
+    assert load_file(tmp_path / "0.05.safetensors").keys() == {*ema.names, "mean", "later"}
+    assert open_average(tmp_path / "0.05.safetensors").copied == {"mean", "later"}
+
+
 class LoRA(nn.Module):
     """A frozen linear layer and a trainable one of low rank beside it."""
 

@@ -98,12 +98,48 @@ def test_what_is_ours_already_is_said_to_be(net: Precond, pkl: Path, tmp_path: P
     ours, official = tmp_path / "ours.safetensors", tmp_path / "official.pt"
     assert run(pkl, ours).exit_code == 0
     assert run(ours, official, "--to", "official").exit_code == 0
-    for source, words in ((ours, "is a snapshot of this program already"), (official, "no average of its network")):
-        result = run(source, tmp_path / "again.safetensors")
+    result = run(ours, tmp_path / "again.safetensors")
+    assert result.exit_code == 1
+    assert "is a snapshot of this program already; --to official converts it" in result.output
+    for arguments, words in (
+        ((pkl, official), "results are .safetensors files; name one, or a folder"),
+        ((ours, tmp_path / "x.safetensors", "--to", "official"), "name it such as ours.pt"),
+        ((ours, tmp_path, "--to", "official"), "name it such as ours.pt"),
+        ((tmp_path, tmp_path / "x.pt", "--to", "official"), "is a folder: --to official converts one snapshot"),
+    ):
+        result = run(*arguments)
         assert result.exit_code == 1
         assert words in result.output
-        assert "--to official" in result.output
-        assert not (tmp_path / "again.safetensors").exists()
+    assert sorted(os.listdir(tmp_path)) == sorted([pkl.name, ours.name, official.name])
+
+
+def test_there_and_back(net: Precond, pkl: Path, tmp_path: Path) -> None:
+    """Of the file that --to official writes, the same snapshot is made again, and of that the same file."""
+    own = tmp_path / "own.safetensors"
+    dataset = {"name": "mine", "num_images": 7, "class_names": ["a", "b", "c"]}
+    encoder = {"kind": "standardized", "mean": [0.5] * 4, "std": [0.25] * 4}
+    extra = {"shape": "window", "sigma_rel_of": {"unet.enc.*": 0.1}}
+    checkpoint.save_snapshot(
+        own, net, nimg=65_000, sigma_rel=0.07, ema_kind="phema", dataset=dataset, encoder=encoder, extra=extra
+    )
+    convert(pkl, tmp_path / "published.safetensors")
+    for name, license_text in (("own", None), ("published", "CC BY-NC-SA 4.0")):
+        first, there, back = (tmp_path / f"{name}{end}" for end in (".safetensors", ".pt", "-back.safetensors"))
+        assert run(first, there, "--to", "official").exit_code == 0
+        result = run(there, back)
+        assert result.exit_code == 0, result.output
+        assert ("licence of the weights" in result.output) == (license_text is not None), "no licence is made up"
+        before, after = checkpoint.read_header(first), checkpoint.read_header(back)
+        assert {**before, "source": after["source"]} == after
+        assert after.get("license") == license_text
+        tensors = checkpoint.read_tensors(back)
+        assert all(torch.equal(tensors[key], value) for key, value in checkpoint.read_tensors(first).items())
+        again = tmp_path / f"{name}-again.pt"
+        assert run(back, again, "--to", "official").exit_code == 0
+        a, b = (torch.load(path, weights_only=True) for path in (there, again))
+        assert all(torch.equal(value, b["net"][key]) for key, value in a.pop("net").items())
+        del b["net"]
+        assert a == b
 
 
 def test_nothing_of_the_users_is_overwritten(net: Precond, pkl: Path, tmp_path: Path) -> None:
@@ -134,6 +170,10 @@ def test_training_states(tmp_path: Path) -> None:
         assert all(
             torch.equal(value, net.state_dict()[key].half().float()) for key, value in again.state_dict().items()
         )
+    (tmp_path / "out" / names[1]).unlink()
+    assert "1 networks written" in (again := run(state, tmp_path / "out").output)
+    assert "1 were there already" in again
+    assert "2 were there already" in run(state, tmp_path / "out").output
     one = tmp_path / "one.safetensors"
     result = run(state, one)
     assert result.exit_code == 1

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edm2ext.nn import Layer
-from python_train import UserError, image_job
+from python_train import UserError, generate, image_job
 from python_train.checkpoint import load_snapshot, save_snapshot
 from python_train.data import open_encoder
 from python_train.data.latents import decode as decode_latents
@@ -213,6 +213,47 @@ def test_other_options_are_refused_with_the_differences(snapshot: Path, tmp_path
     assert "options.json is damaged" in " ".join(result.output.split())
 
 
+def test_overwriting_leaves_no_images_of_other_options(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an interruption leaves of a folder that was being overwritten is not taken for what the options say now."""
+    other = save(tmp_path / "other.safetensors", make_network())
+    out = tmp_path / "out"
+    assert run("--net", snapshot, "--outdir", out, "--seeds", "0-4").exit_code == 0
+    before = read(out)
+    result = run("--net", other, "--outdir", out, "--seeds", "0-2", "--overwrite")
+    assert result.exit_code == 1
+    assert f"{out} holds 2 more images, such as {out / '000003.png'}, that" in " ".join(result.output.split())
+    assert all(np.array_equal(before[name], image) for name, image in read(out).items())
+    assert json.loads((out / "options.json").read_text())["net"]["file"] == snapshot.name
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, image: np.ndarray) -> None:
+        if path.name == "000002.png":
+            raise Killed
+        save_image(path, image)
+
+    monkeypatch.setattr(generate, "save_image", killed)
+    with pytest.raises(Killed):
+        CliRunner().invoke(main, ["--net", str(other), "--outdir", str(out), "--seeds", "0-4", "--steps", "3",
+                                  "--device", "cpu", "--overwrite"], catch_exceptions=False)  # fmt: skip
+    monkeypatch.undo()
+    assert run("--net", other, "--outdir", out, "--seeds", "0-4").exit_code == 0
+    assert run("--net", other, "--outdir", tmp_path / "anew", "--seeds", "0-4").exit_code == 0
+    anew = read(tmp_path / "anew")
+    assert all(np.abs(image.astype(int) - anew[name]).max() <= 1 for name, image in read(out).items())
+    assert run("--net", other, "--outdir", out, "--seeds", "0-1", "--overwrite").exit_code == 0, "the same options"
+
+
+def test_a_grid_may_lie_among_the_images(snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    result = run("--net", snapshot, "--outdir", out, "--seeds", "0-2", "--grid", out / "grid.png")
+    assert result.exit_code == 0, result.output
+    assert (out / "grid.png").is_file()
+
+
 def test_several_networks_and_a_grid(snapshot: Path, tmp_path: Path) -> None:
     other = save(tmp_path / "other.safetensors", make_network())
     grid = tmp_path / "grid.png"
@@ -301,6 +342,10 @@ def test_parse_seeds() -> None:
             parse_seeds(text)
     with pytest.raises(UserError, match="'5-3' is empty"):
         parse_seeds("5-3")
+    assert parse_seeds("4294967295") == [2**32 - 1]
+    for text, words in (("4294967296", "the largest is 4294967295"), ("9" * 30, "the largest"), ("0-10000000", "most")):
+        with pytest.raises(UserError, match=words):
+            parse_seeds(text)
 
 
 def test_existing_images_are_kept_unless_told(snapshot: Path, tmp_path: Path) -> None:
@@ -374,6 +419,7 @@ def test_latents_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_errors_name_what_is_wrong(snapshot: Path, tmp_path: Path) -> None:
     unconditional = save(tmp_path / "uncond.safetensors", make_network(label_dim=0))
     larger = save(tmp_path / "larger.safetensors", make_network(resolution=16))
+    latent = save(tmp_path / "latent.safetensors", make_network(), {"kind": "latent"})
     other_classes = save(tmp_path / "classes.safetensors", make_network(label_dim=7))
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(snapshot.read_bytes()[:-100])
@@ -399,6 +445,7 @@ def test_errors_name_what_is_wrong(snapshot: Path, tmp_path: Path) -> None:
         (["--net", snapshot, "--seeds", "0-1024", "--grid", tmp_path / "grid.png"], "a grid of 1025 images"),
         ([*net, "--guidance", 1.5, "--gnet", larger], "[3, 16], the main network's [3, 8]"),
         ([*net, "--guidance", 1.5, "--gnet", other_classes], "the guide knows 7 classes, the main network 4"),
+        ([*net, "--guidance", 1.5, "--gnet", latent], "trained on other data (latent) than the main network (pixel)"),
         ([*net, "--guidance", 1.5, "--gnet", truncated], "truncated.safetensors is damaged"),
         ([*net, "--sigma-min", 100], "0 < sigma_min < sigma_max"),
         (["--net", snapshot, "--seeds", "0..9"], "expected numbers and ranges"),
@@ -411,7 +458,9 @@ def test_errors_name_what_is_wrong(snapshot: Path, tmp_path: Path) -> None:
         assert not list(tmp_path.glob("out/*")), args
     result = run("--outdir", tmp_path / "file", *net)
     assert result.exit_code == 1
-    assert str(tmp_path / "file") in result.output
+    assert f"Error: {tmp_path / 'file'}: File exists" in " ".join(result.output.split())
+    result = run("--outdir", tmp_path / "out", "--net", tmp_path, "--seeds", "0")
+    assert f"{tmp_path} is a folder: name a snapshot in it" in " ".join(result.output.split())
 
 
 def test_wrong_classes_in_the_library_function() -> None:

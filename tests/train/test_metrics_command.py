@@ -150,6 +150,26 @@ def test_kid_of_subsets(work: Path, tmp_path: Path) -> None:
     assert "KID of subsets of 61 images: there are only 60 generated ones" in " ".join(result.output.split())
 
 
+def test_what_cannot_be_measured_is_not_drawn(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images.Drawing, "images", None)
+    net = ["gen", "--net", work / "run" / snapshot_name(8192, 0.05), "--ref", work / "digits.ref", *DRAW]
+    result = run(*net, "--seeds", "0-30", "--kid-subset", 40)
+    assert "KID of subsets of 40 images: there are only 31 generated ones" in " ".join(result.output.split())
+    result = run(*net, "--seeds", "0-4")
+    assert "5 generated images are too few" in " ".join(result.output.split())
+    for keep, words in ((3, "the features of 3 images are too few for any metric: keep 6 or more"), (0, "")):
+        result = run("ref", "digits", tmp_path / "few.ref", "--features", "pixels", "--keep", keep, *CPU)
+        assert result.exit_code == bool(words)
+        assert words in " ".join(result.output.split())
+    assert read_reference(tmp_path / "few.ref").features["pixels"].features is None
+    calc = ["calc", work / "images", "--ref", tmp_path / "few.ref", *CPU]
+    result = run(*calc, "--out", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert list(values(read(tmp_path / "out.json"))) == ["FD-pixels"]
+    result = run(*calc, "--kid-subset", 10)
+    assert "mean and covariance only, of which there is no KID" in " ".join(result.output.split())
+
+
 def test_gen_measures_what_generate_draws(work: Path, tmp_path: Path) -> None:
     """An EMA sweep of a run with a guide from an earlier time of it, against networks made by hand."""
     args = ["--net", work / "run", "--sigma-rel", "0.05,0.08", "--gnet", work / "run", "--gnet-sigma-rel", 0.10]
@@ -172,6 +192,37 @@ def test_gen_measures_what_generate_draws(work: Path, tmp_path: Path) -> None:
         assert row["of"]["guides"][0]["nimg"] == 8192
     assert values(found[0]) != values(found[1])
     assert result.output.count("12 images of") == 2
+
+
+def test_each_guide_keeps_its_own_length(work: Path, tmp_path: Path) -> None:
+    """Also if guides are alike but for it, or one of them has the weight 1."""
+    folder = str(work / "run")
+    base = ["--net", folder, "--sigma-rel", "0.05", "--seeds", "0-7", "--ref", work / "digits.ref", *DRAW]
+    lengths = ["--gnet-sigma-rel", 0.06, "--gnet-sigma-rel", 0.14]
+
+    def gen(name: str, *guides: object) -> dict[str, Any]:
+        result = run("gen", *base, *guides, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        return read(tmp_path / name)[0]
+
+    two = gen("two", *["--gnet", folder, "--guidance", 2] * 2, *lengths)
+    assert [guide["sigma_rel"] for guide in two["of"]["guides"]] == [0.06, 0.14]
+    second = gen("second", *["--gnet", folder] * 2, "--guidance", 1, "--guidance", 2, *lengths)
+    assert [guide["sigma_rel"] for guide in second["of"]["guides"]] == [0.14]
+    alone = gen("alone", "--gnet", folder, "--guidance", 2, "--gnet-sigma-rel", 0.14)
+    assert values(second) == values(alone)
+    none = gen("none", "--gnet", folder, "--guidance", 1, "--gnet-sigma-rel", 0.14)
+    assert none["of"]["guides"] == []
+    assert values(none) == values(gen("unguided"))
+
+
+def test_gen_warns_of_lengths_that_the_snapshots_do_not_support(work: Path) -> None:
+    args = ["gen", "--net", work / "run", "--gnet", work / "run", "--guidance", 2, "--seeds", "0-7"]
+    for width, guide, warned in ((0.05, 0.10, 0), (0.02, 0.10, 1), (0.05, 0.25, 1), (0.02, 0.25, 1)):
+        result = run(*args, "--sigma-rel", width, "--gnet-sigma-rel", guide, "--ref", work / "digits.ref", *DRAW)
+        assert result.exit_code == 0, result.output
+        assert result.output.count(f"WARNING: {work / 'run'}: the snapshots are too few for sigma_rel") == warned
+    assert "for sigma_rel 0.02, 0.25:" in " ".join(result.output.split())
 
 
 def test_gen_of_files(work: Path, tmp_path: Path) -> None:
@@ -338,6 +389,8 @@ def test_errors_come_before_work_and_write_nothing(work: Path, tmp_path: Path) -
         (["calc", work / "images", "--ref", tmp_path / "fid.ref"], "inception need --inception FILE or URL"),
         (["calc", work / "images", "--ref", tmp_path / "other.ref"], "made by a network with other weights"),
         (["ref", "digits", work / "digits.ref"], "digits.ref exists already"),
+        (["ref", "digits", "/proc/x.ref"], "cannot write /proc/x.ref"),
+        ([*calc, "--out", "/proc/x.json"], "cannot write /proc/x.json"),
         (["ref", "digits", tmp_path / "x.ref", "--dinov2", tmp_path / "no.pth"], "no such file of weights"),
         (gen, "name a network: --net or --preset"),
         ([*gen, "--net", work / "run"], "name the EMA length sigma_rel"),

@@ -331,6 +331,47 @@ def test_hostile_training_states_are_refused(name: str, tmp_path: Path) -> None:
     assert len(why) < 400
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"sigma_rel": 2.0}, "sigma_rel is not a number in (0, 1)"),
+        ({"sigma_rel": "0.1"}, "sigma_rel is not a number in (0, 1)"),
+        ({"ema_kind": "other"}, "ema_kind, license or shape"),
+        ({"license": 7}, "ema_kind, license or shape"),
+        ({"dataset": [1]}, "is not a dictionary"),
+        ({"dataset": {"name": float("nan")}}, "not plain"),
+        ({"dataset": {"name": torch.zeros(2)}}, "not plain"),
+        ({"dataset": {"name": "x" * 2**20}}, "too long"),
+        ({"encoder": {"kind": "unknown"}}, "encoder is unknown"),
+        ({"encoder": {"kind": "pixel", "more": 1}}, "encoder is unknown"),
+        ({"net": {}}, "should have 1 blocks at each level and has 0 tensors"),
+        ({"net": [1]}, "not a dictionary of tensors"),
+        ({"net": {"unet.out_gain": 1}}, "not a dictionary of tensors"),
+        ({"init_kwargs": {"img_resolution": "8"}}, "not a number or a short list of numbers"),
+        ({"init_kwargs": None}, "does not say how it was made"),
+        ({"state": {}}, "has no state.cur_nimg"),
+    ],
+)
+def test_hostile_exports_are_refused(facts: dict[str, Any], words: str, network: Precond, tmp_path: Path) -> None:
+    """Files like those of convert --to official whose content is not what it should be."""
+    content = {
+        "state": {"cur_nimg": 1024},
+        "net": network.state_dict(),
+        "init_kwargs": network.config,
+        "sigma_rel": 0.05,
+        "ema_kind": "power",
+    }
+    path = tmp_path / "export.pt"
+    torch.save(content, path)
+    assert read_official(path).header["sigma_rel"] == 0.05
+    torch.save({**content, **facts}, path)
+    why = refusal(lambda: read_official(path))
+    assert why is not None
+    assert why.startswith(f"{path} is refused: ")
+    assert words in why
+    assert len(why) < 400
+
+
 def test_averages_of_two_networks(tmp_path: Path) -> None:
     nets = {std: small_net(channels=channels, model_channels=64) for std, channels in ((0.05, 3), (0.1, 4))}
     path = write(tmp_path / "training-state-0000001.pt", files.training_state(nets))

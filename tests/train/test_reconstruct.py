@@ -186,6 +186,8 @@ def test_errors_name_file_and_cause(tmp_path: Path) -> None:
         ([run_dir, out, "--outstd", "0.1001,0.1004"], "do not tell these apart"),
         ([run_dir, out, "--outstd", "0.1", "--outkimg", "7"], "no snapshot was taken at 7000 images"),
         ([run_dir, out, "--outstd", "0.1", "--instd", "0.2"], "holds no"),
+        ([run_dir, out, "--outstd", "0.1", "--device", "toaster"], "device 'toaster' cannot be used here"),
+        ([run_dir, out, "--outstd", "0.1", "--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
     ]
     for args, words in cases:
         result = run(*args)

@@ -19,7 +19,7 @@ from python_train.metrics.extractors import feature_extractor
 from python_train.metrics.reference import Reference, write_reference
 from python_train.network import Precond
 from python_train.reconstruct import search
-from python_train.reconstruct.search import Table, corners, minimise, parabola_minimum, plot, search_axes
+from python_train.reconstruct.search import Table, at_the_end, corners, minimise, parabola_minimum, plot, search_axes
 
 WIDTHS = [0.02, 0.04, 0.08, 0.16]
 
@@ -86,6 +86,12 @@ def test_interrupted_search_goes_on(tmp_path: Path) -> None:
     assert len((tmp_path / "table.jsonl").read_text().splitlines()) == 4
     with pytest.raises(UserError, match=r"table\.jsonl holds a search with other settings"):
         table(tmp_path, settings=1)
+    whole = (tmp_path / "table.jsonl").read_text()
+    (tmp_path / "table.jsonl").write_text(whole.rstrip("\n"))  # killed before the end of the line
+    minimise({"sigma_rel": [*WIDTHS, 0.2]}, again, table(tmp_path))
+    lines = (tmp_path / "table.jsonl").read_text().splitlines()
+    assert lines[:4] == whole.splitlines()
+    assert len(lines) == 5
     (tmp_path / "table.jsonl").write_text("nonsense\n{}\n")
     with pytest.raises(UserError, match="line 1 is not a measurement"):
         table(tmp_path)
@@ -115,6 +121,34 @@ def test_axes_of_the_command_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             search_axes(*arguments)
+
+
+def test_a_guide_that_does_not_fit_at_first_is_not_given_up(tmp_path: Path) -> None:
+    """Guidance helps only by a guide of another length than the search begins with."""
+    axes = search_axes("0.1", tmp_path, "1,1.5,2", "0.05,0.1,0.15", ["1-2"])
+    fits = {"sigma_rel": 0.1, "guide_sigma_rel": 0.15, "interval": "1-2"}
+
+    def metric(point: dict[str, Any]) -> float:
+        if point["guidance"] == 1:
+            return 1.0
+        return 2.0 - 1.5 * all(point[name] == value for name, value in fits.items())
+
+    assert minimise(axes, metric, table(tmp_path)).point in ({**fits, "guidance": g} for g in (1.5, 2))
+
+
+def test_the_end_of_what_was_tried_is_named() -> None:
+    axes = {"sigma_rel": [0.05, 0.1, 0.2], "guide_sigma_rel": [None], "interval": [None], "guidance": [1.0, 2.0, 3.0]}
+    best = {"sigma_rel": 0.1, "guide_sigma_rel": None, "interval": None, "guidance": 2.0}
+    for found, expected in (
+        ({}, []),
+        ({"sigma_rel": 0.05}, ["sigma_rel"]),
+        ({"sigma_rel": 0.2, "guidance": 3.0}, ["sigma_rel", "guidance"]),
+        ({"guidance": 1.0}, []),
+    ):
+        assert at_the_end(axes, {**best, **found}) == expected
+    guides = {**axes, "guide_sigma_rel": [0.1, 0.15]}
+    assert at_the_end(guides, {**best, "guide_sigma_rel": 0.1}) == ["guide_sigma_rel"]
+    assert at_the_end(guides, {**best, "guide_sigma_rel": 0.1, "guidance": 1.0}) == [], "makes no difference"
 
 
 def test_plot_is_drawn(tmp_path: Path) -> None:
@@ -167,7 +201,7 @@ def test_command_measures_each_point_once(run_dir: Path, tmp_path: Path) -> None
     assert (tmp_path / "sigma_rel.png").exists()
     again = command(run_dir, tmp_path)
     assert again.exit_code == 0, again.output
-    assert again.output.splitlines() == result.output.splitlines()[-1:], "all was known"
+    assert again.stdout == result.stdout[result.stdout.index("best of") :], "all was known"
     other = command(run_dir, tmp_path, "--metric", "coverage")
     assert other.exit_code == 1
     assert "holds a search with other settings" in other.output
@@ -184,12 +218,44 @@ def test_command_searches_guidance_too(run_dir: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "best.json").read_text())["value"] >= 0, "of coverage the largest"
 
 
+def test_the_guide_may_be_of_an_earlier_time(run_dir: Path, tmp_path: Path) -> None:
+    """The time makes a difference, and belongs to what a table is of."""
+    guided = ["--gnet", str(run_dir), "--gnet-outstd", "0.1", "--guidance", "3", "--rounds", "1"]
+    found = []
+    for kimg in (["--gnet-kimg", "1"], ["--gnet-kimg", "4"], []):
+        out = tmp_path / "-".join(["out", *kimg[1:]])
+        result = command(run_dir, out, *guided, *kimg)
+        assert result.exit_code == 0, result.output
+        found.append([json.loads(line)["value"] for line in (out / "table.jsonl").read_text().splitlines()])
+    assert found[0] != found[1] == found[2]
+    result = command(run_dir, tmp_path / "out-1", *guided)
+    assert result.exit_code == 1
+    assert "holds a search with other settings" in result.output
+
+
+def test_another_reference_under_the_same_name_is_noticed(run_dir: Path, tmp_path: Path) -> None:
+    extractor = feature_extractor("pixels")
+    for number in (0, 1):
+        some = data.open_dataset(data.DIGITS).load_all()[0][64 * number : 64 * number + 64]
+        features = {"pixels": ReferenceFeatures.of(extractor(some))}
+        write_reference(tmp_path / "ref", Reference(features, {"pixels": extractor.identity}, (1, 8, 8)))
+        result = command(run_dir, tmp_path / "out", "--ref", str(tmp_path / "ref"), "--outstd", "0.1")
+        assert result.exit_code == number, result.output
+    assert "holds a search with other settings" in result.output
+
+
 def test_bad_command_lines_draw_nothing(run_dir: Path, tmp_path: Path) -> None:
+    published = tmp_path / "published.ref"
+    gaussian = ReferenceFeatures.of(torch.randn(99, 64)).gaussian
+    write_reference(published, Reference({"pixels": ReferenceFeatures(gaussian)}, {}, (1, 8, 8)))
     for arguments, words in (
         (["--kimg", "77"], "no snapshot was taken at 77000"),
         (["--class", "12"], "class 12 does not exist"),
         (["--features", "inception"], "has no features inception"),
         (["--seeds", "x"], "seeds: expected"),
+        (["--seeds", "0-3"], "4 generated images are too few"),
+        (["--ref", str(published)], "holds no features of single images, which kid needs"),
+        (["--gnet", str(run_dir), "--gnet-kimg", "77"], "no snapshot was taken at 77000"),
     ):
         result = command(run_dir, tmp_path / "out", *arguments)
         assert result.exit_code == 1, result.output

@@ -135,6 +135,9 @@ def test_single_precision_is_enough() -> None:
         ({"solver": "dpm"}, "solver must be one of heun, euler, dpm\\+\\+2m, dpm\\+\\+2m-sde, got 'dpm'"),
         ({"solver": "dpm++2m", "S_churn": 1}, "S_churn is for heun and euler, not for dpm"),
         ({"solver": "euler", "S_churn": float("inf")}, "S_churn must not be negative or infinite"),
+        ({"S_churn": 1, "S_noise": float("nan")}, "S_noise must not be negative or infinite, got nan"),
+        ({"S_churn": 1, "S_min": 2, "S_max": 1}, "expected 0 <= S_min <= S_max, got 2 and 1"),
+        ({"S_churn": 1, "S_max": float("nan")}, "expected 0 <= S_min <= S_max, got 0 and nan"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, words: str) -> None:

@@ -170,10 +170,12 @@ def test_thinned_points_keep_their_distance() -> None:
 def test_run_writes_everything_and_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     outdir = tmp_path / "toy"
+    outdir.mkdir()
+    (outdir / ".main.safetensors.123.tmp").touch()  # of a killed process
     monkeypatch.setattr(toy_main, "LOSS_BATCHES", 1)
     rows = run(outdir, samples=64, pixels=60, recipes=SHORT, log=lines.append)
     assert [row.name for row in rows][:4] == ["direct samples", "exact score", "no guidance", "autoguide alone"]
-    assert sorted(path.name for path in outdir.iterdir()) == sorted(
+    assert sorted(path.name for path in outdir.glob("[!.]*")) == sorted(
         ["toy.png", "toy.md", *(f"{name}.safetensors" for name in SHORT)]
     )
     with Image.open(outdir / "toy.png") as figure:
