@@ -17,6 +17,7 @@ from PIL import Image
 from python_train import UserError, data, loop, noise_levels, sample_grids, sinks
 from python_train.config import TrainOptions
 from python_train.network import Precond
+from python_train.probe import Probe
 
 TINY = TrainOptions(
     model_channels=8,
@@ -53,6 +54,19 @@ def test_error_of_a_network_that_knows_only_mean_and_variance() -> None:
         with torch.no_grad():
             _, u = net(images[:1], level.sigma, return_logvar=True)
         assert level.expected == pytest.approx(float(u.exp()), rel=1e-5)
+
+
+def test_what_is_measured_on_is_of_all_classes(tmp_path: Path) -> None:
+    """Of a set in the order of its classes, mirrored images among it."""
+    for i in range(4 * 30):
+        path = tmp_path / "abcd"[i // 30] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), i).save(path)
+    dataset = data.open_dataset(tmp_path, xflip=True)
+    probe = Probe(dataset, dataset.encoder(), torch.device("cpu"), [1.0])
+    assert len(set(probe.indices)) == 32
+    assert np.bincount([dataset.label(i).argmax() for i in probe.indices]).tolist() == [8, 8, 8, 8]
+    assert sum(i < dataset.num_stored for i in probe.indices) == 16
 
 
 def test_training_levels() -> None:
