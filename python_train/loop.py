@@ -140,7 +140,7 @@ def _train(
 
     if world.device.type == "cuda" and options.precision != "fp32" and tune.available():
         sizes = (dataset.resolution, net.img_channels, dataset.label_dim)
-        tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch))
+        tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch, dataset.shape[1:]))
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = Reporter(trainer, dataset, encoder, run, grids, elapsed)
@@ -197,7 +197,8 @@ def _draw(batches: Iterator[tuple[Tensor, Tensor]], rounds: int, request: StopRe
 def _stop(request: StopRequest, nimg: int) -> NoReturn:
     """End a run whose state is saved."""
     if request.error is not None:
-        raise UserError(f"{request.error}\nThe run stops at {nimg:,} images; they are saved.") from request.error
+        saved = f"The run stops at {nimg:,} images; they are saved." if nimg else "The run has not begun."
+        raise UserError(f"{request.error}\n{saved}") from request.error
     raise Stopped(f"asked to stop ({request.signal or 'another process'}): {nimg:,} images are done and saved")
 
 

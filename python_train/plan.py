@@ -86,10 +86,19 @@ class Round:
     optimizer_bytes: int
 
 
+Size = tuple[int, int]  # height and width of images, given where they are not squares of the network's resolution
+
+
 def count_rounds(
-    options: TrainOptions, resolution: int, channels: int, label_dim: int, sizes: Sequence[int]
+    options: TrainOptions,
+    resolution: int,
+    channels: int,
+    label_dim: int,
+    sizes: Sequence[int],
+    size: Size | None = None,
 ) -> list[Round]:
-    """Count a round of each size and the optimizer's pass. Raises RuntimeError if the library has no CUDA kernels."""
+    """Count a round of each of so many images, and the optimizer's pass. Raises RuntimeError if the library has no CUDA
+    kernels."""
     if not edm2ext.build_info()["cuda_compiled"]:
         raise RuntimeError("the library holds no CUDA kernels, so their traffic cannot be counted")
     rounds = []
@@ -99,7 +108,7 @@ def count_rounds(
         options = replace(options, batch=1, batch_gpu=1)
         trainer = Trainer(net, options, encoder, World(device=torch.device("meta")))
         for images in (1, *sizes):  # the first step makes the optimizer's state
-            batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
+            batch = torch.empty(images, channels, *(size or (resolution, resolution))), torch.empty(images, label_dim)
             with counting() as counter, PeakMemory() as peak:
                 trainer.step(itertools.repeat(batch))
             rounds.append(_round(images, peak.bytes, counter))
@@ -107,7 +116,7 @@ def count_rounds(
 
 
 def convolutions(
-    options: TrainOptions, resolution: int, channels: int, label_dim: int, images: int
+    options: TrainOptions, resolution: int, channels: int, label_dim: int, images: int, size: Size | None = None
 ) -> list[conv_choice.Problem]:
     """The distinct convolutions and gradients of a training step of so many images on one GPU, those that our kernels
     can compute: what `edm2ext.tune` chooses for. Leaves the random numbers of the CPU alone."""
@@ -115,7 +124,7 @@ def convolutions(
         net = Precond(**options.network_config(resolution, channels, label_dim))
         encoder = SimpleNamespace(encode=lambda stored: stored)
         options = replace(options, batch=1, batch_gpu=1)
-        batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
+        batch = torch.empty(images, channels, *(size or (resolution, resolution))), torch.empty(images, label_dim)
         Trainer(net, options, encoder, World(device=torch.device("meta"))).step(itertools.repeat(batch))
     return list(found)
 
@@ -177,7 +186,14 @@ def parameter_bytes(options: TrainOptions, parameters: int, world_size: int) -> 
 
 
 def predict(
-    options: TrainOptions, gpu: GPU, world_size: int, resolution: int, channels: int, label_dim: int, parameters: int
+    options: TrainOptions,
+    gpu: GPU,
+    world_size: int,
+    resolution: int,
+    channels: int,
+    label_dim: int,
+    parameters: int,
+    size: Size | None = None,
 ) -> Plan:
     """Memory, speed and MFU on ``world_size`` of these GPUs; MFU counts 2 flops a multiply-add, against the data sheet,
     and not what is recomputed.
@@ -185,14 +201,14 @@ def predict(
     Raises RuntimeError if the library holds no CUDA kernels.
     """
     micro, rounds = options.rounds(world_size)
-    one, two = count_rounds(options, resolution, channels, label_dim, (micro, 2 * micro))
+    one, two = count_rounds(options, resolution, channels, label_dim, (micro, 2 * micro), size)
     peak, bandwidth = PEAK_SHARE * 1e12 * gpu.tflops(options.precision), BANDWIDTH_SHARE * 1e12 * gpu.bandwidth
     seconds_of_products = max(one.flops / peak, one.bytes_of_products / bandwidth)
     seconds = rounds * (seconds_of_products + one.bytes / bandwidth) + one.optimizer_bytes / bandwidth
     images_per_second = options.batch / seconds
     useful = one.flops
     if options.recompute:
-        (plain,) = count_rounds(replace(options, recompute=False), resolution, channels, label_dim, (micro,))
+        (plain,) = count_rounds(replace(options, recompute=False), resolution, channels, label_dim, (micro,), size)
         useful = plain.flops
     memory_per_image = (two.peak - one.peak) / micro
     fixed = parameter_bytes(options, parameters, world_size) + round(one.peak - memory_per_image * micro)
@@ -222,8 +238,8 @@ def describe_recompute(with_it: Plan, without: Plan) -> str:
     )
 
 
-def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
-    """The prediction as (name, text) lines."""
+def describe(plan: Plan, options: TrainOptions, world_size: int) -> Iterator[tuple[str, str]]:
+    """The prediction for ``world_size`` GPUs as (name, text) lines."""
     gib = 2**30
     yield (
         "per image",
@@ -248,20 +264,27 @@ def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
     yield (
         "speed",
         (
-            f"{plan.images_per_second:,.0f} images/s, {100 * plan.mfu:.0f} % MFU (predicted, not measured); "
-            f"{days:,.1f} days to the end"
+            f"{plan.images_per_second:,.0f} images/s{f' on {world_size} GPUs' * (world_size > 1)}, "
+            f"{100 * plan.mfu:.0f} % MFU (predicted, not measured); {days:,.1f} days to the end"
         ),
     )
+
+
+def states_kept(options: TrainOptions) -> int:
+    """How many training states a run leaves behind; its last one is at its end, wherever that is."""
+    if not options.checkpoint:
+        return 0
+    made = -(-options.duration // options.checkpoint)
+    last = min(options.keep or made, made)
+    oldest = min((made - last + 1) * options.checkpoint, options.duration)
+    return last + ((oldest - 1) // options.keep_every if options.keep_every else 0)
 
 
 def describe_disk(options: TrainOptions, parameters: int) -> str:
     """Disk that the run's snapshots and training states will take."""
     profiles = len(options.sigma_rels)
     snapshots = options.duration // options.snapshot + 1 if options.snapshot else 0
-    made = options.duration // options.checkpoint if options.checkpoint else 0
-    states = min(options.keep or made, made)
-    if options.keep_every:
-        states += (options.duration - states * options.checkpoint) // options.keep_every
+    states = states_kept(options)
     widths = " and ".join(f"{sigma_rel:g}" for sigma_rel in options.sigma_rels)
     return (
         f"{snapshots:,} snapshots of {profiles} averages (sigma_rel {widths}), "

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import errno
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ class _Widths(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         return value if isinstance(value, tuple) else tuple(_converted(self, parse_sigma_rel_list, value, param, ctx))
+
+
+class _GPUs(click.ParamType):
+    """So many GPUs of a kind, (count, GPU); the count is None where it is not given."""
+
+    name = "[Nx]GPU"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | None, plan.GPU]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?(.+)", value)
+        if match is None or match[2] not in plan.GPUS:
+            self.fail(f"expected one of {', '.join(plan.GPUS)}, or several such as 8xH100, got {value!r}", param, ctx)
+        return int(match[1]) if match[1] else None, plan.GPUS[match[2]]
 
 
 def _converted(kind: click.ParamType, parse: Any, value: Any, param: Any, ctx: Any) -> Any:
@@ -144,8 +161,8 @@ also of the data: what was done up to there is saved.
               "directory. [--tensorboard]")  # fmt: skip
 @click.option("--wandb", help="Send statistics and grids to this project of Weights & Biases.")
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-@click.option("--gpu", type=click.Choice(list(plan.GPUS)), help="With --dry-run: predict speed and memory for "
-              "this GPU. [the one at hand]")  # fmt: skip
+@click.option("--gpu", type=_GPUs(), help="With --dry-run: predict speed and memory for this GPU, or so many, such "
+              f"as 8xH100; known are {', '.join(plan.GPUS)}. [those at hand]")  # fmt: skip
 @click.option("--override", is_flag=True, help="Continue a run although options have changed.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan and stop; writes nothing.")
 @click.pass_context
@@ -154,7 +171,7 @@ def main(
     outdir: Path | None,
     preset: str | None,
     device: str | None,
-    gpu: str | None,
+    gpu: tuple[int | None, plan.GPU] | None,
     override: bool,
     dry_run: bool,
     xflip: bool,
@@ -176,19 +193,25 @@ def main(
         options = config.make_options(preset, **given)
         if given["data"] is None and preset != "digits" and not dry_run:
             raise UserError(f"preset {preset} needs --data: a folder or ZIP of images (only 'digits' is embedded)")
-        outdir = outdir or Path("runs") / (preset or Path(options.data).stem)
+        if gpu is not None and not dry_run:
+            raise UserError("--gpu says what --dry-run shall count on; --device chooses what to train on")
+        outdir = outdir or Path("runs") / (preset or Path(options.data).resolve().stem)
         with open_world(device) as world:
             if options.precision == AUTO:
-                options = dataclasses.replace(options, precision=fastest_precision(world.device))
-            options.validate(world.size)
+                options = dataclasses.replace(
+                    options, precision=fastest_precision(torch.device("cuda") if gpu else world.device)
+                )
+            planned = dataclasses.replace(world, size=gpu[0]) if gpu and gpu[0] else world
+            options.validate(planned.size)
             nominal = plan.NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
             dataset = None
             if not nominal:
                 dataset = data.open_dataset(options.data, options.cond, xflip, int(cache * 2**30), workers)
             if world.rank == 0:
-                shape = _print_settings(options, preset, outdir, world, dataset or nominal)
+                facts = _print_settings(options, preset, outdir, planned, dataset or nominal)
                 if dry_run:
-                    _print_prediction(options, plan.GPUS[gpu] if gpu else plan.gpu_at_hand(world.device), world, *shape)
+                    kind = gpu[1] if gpu else plan.gpu_at_hand(world.device)
+                    _print_prediction(options, kind, planned.size, *facts)
             if dry_run or dataset is None:
                 return
             show_progress = is_demo or sys.stderr.isatty()
@@ -221,11 +244,12 @@ def _print_settings(
     outdir: Path,
     world: World,
     dataset: data.Dataset | tuple[int, int, int],
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int, int, plan.Size]:
     """What is going to happen, in a dozen lines; ``dataset`` may be just (resolution, channels, label_dim). Returns
-    these and the number of parameters."""
+    these, the number of parameters, and the size of the images."""
     if isinstance(dataset, tuple):
         resolution, channels, label_dim = dataset
+        height = width = resolution
         label_dim = label_dim if options.cond else 0
         about = f"none given; assuming {resolution}x{resolution}, channels {channels}, label_dim {label_dim}"
     else:
@@ -266,29 +290,31 @@ def _print_settings(
         "torch": f"{torch.__version__}; ops: {ops}",
     }.items():
         click.echo(f"{name:<10}{text}")
-    return resolution, channels, label_dim, parameters
+    if options.snapshot and options.duration % options.snapshot:
+        last = options.duration // options.snapshot * options.snapshot
+        click.echo(f"WARNING: the last snapshot will be at {last:,} of {options.duration:,} images; --snapshot should "
+                   "divide --duration")  # fmt: skip
+    return resolution, channels, label_dim, parameters, (height, width)
 
 
 def _print_prediction(
     options: TrainOptions,
     gpu: plan.GPU | None,
-    world: World,
-    resolution: int,
-    channels: int,
-    label_dim: int,
-    parameters: int,
+    gpus: int,
+    *data_and_network: Any,
 ) -> None:
+    """What `plan.predict` says of a run on so many GPUs, of data and a network as `_print_settings` returns them."""
     if gpu is None:
         click.echo(f"predicted nothing without a GPU that is known; name one: --gpu {'|'.join(plan.GPUS)}")
         return
-    facts = (gpu, world.size, resolution, channels, label_dim, parameters)
+    facts = (gpu, gpus, *data_and_network)
     try:
         found = plan.predict(options, *facts)
         without = plan.predict(dataclasses.replace(options, recompute=False), *facts) if options.recompute else None
     except RuntimeError as error:
         click.echo(f"predicted nothing: {error}")
         return
-    for name, text in plan.describe(found, options):
+    for name, text in plan.describe(found, options, gpus):
         click.echo(f"{name:<10}{text}")
     if without is not None:
         click.echo(f"{'recompute':<10}{plan.describe_recompute(found, without)}")

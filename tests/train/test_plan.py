@@ -59,6 +59,59 @@ def test_arithmetic_of_a_preset_is_the_published_one() -> None:
     assert one.flops == pytest.approx(3 * 2 * (100.225e9 + 0.579e9), rel=0.01)
 
 
+@needs_kernels
+def test_images_that_are_not_square() -> None:
+    """Half as high, half the work (but for what does not depend on the pixels)."""
+    options = make_options("digits", precision="fp16")
+    (square,), (wide,) = (plan.count_rounds(options, 16, 4, 10, (64,), size) for size in (None, (8, 16)))
+    assert 0.4 < wide.flops / square.flops < 0.55
+    assert 0.4 < wide.peak / square.peak < 0.6
+    facts = (plan.GPUS["H100"], 1, 16, 4, 10, PARAMETERS)
+    assert plan.predict(options, *facts, (8, 16)).flops_per_image < 0.55 * plan.predict(options, *facts).flops_per_image
+    problems = plan.convolutions(options, 16, 4, 10, 3, (8, 16))
+    assert {(problem.height, problem.width) for problem in problems} == {(8, 16), (4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("duration", "checkpoint", "keep", "keep_every", "kept"),
+    [
+        (8192, 1024, 3, 0, [6144, 7168, 8192]),
+        (8192, 1024, 3, 2048, [2048, 4096, 6144, 7168, 8192]),
+        (8192, 1024, 0, 2048, range(1024, 8193, 1024)),
+        (8192, 1024, 20, 0, range(1024, 8193, 1024)),
+        (7680, 1024, 1, 2048, [2048, 4096, 6144, 7680]),
+        (7680, 1024, 2, 7168, [7168, 7680]),
+        (7680, 8192, 3, 0, [7680]),
+        (8192, 0, 3, 0, []),
+    ],
+)
+def test_training_states_that_are_kept(
+    duration: int, checkpoint: int, keep: int, keep_every: int, kept: list[int]
+) -> None:
+    options = make_options(
+        "digits", batch=512, duration=duration, checkpoint=checkpoint, keep=keep, keep_every=keep_every
+    )
+    assert plan.states_kept(options) == len(kept)
+
+
+def test_dry_run_of_several_gpus() -> None:
+    arguments = ["--dry-run", "--preset", "img512-xxs", "--batch-gpu", "32", "--precision", "auto"]
+    result = CliRunner().invoke(run.main, [*arguments, "--gpu", "8xH100"])
+    assert result.exit_code == 0, result.output
+    assert "(8 processes x 8 rounds x 32)" in result.output
+    assert "fp16" in result.output
+    if edm2ext.build_info()["cuda_compiled"]:
+        assert "images/s on 8 GPUs, " in result.output
+    for value, message in (("3xH100", "batch 2048 is not divisible by the 3 processes"), ("0xH100", "expected one of"),
+                           ("8xB200", "expected one of A100-40GB, "), ("8x", "expected one of")):  # fmt: skip
+        result = CliRunner().invoke(run.main, [*arguments, "--gpu", value])
+        assert result.exit_code != 0
+        assert message in result.output.replace("\n", " ")
+    result = CliRunner().invoke(run.main, ["--gpu", "H100"])
+    assert result.exit_code == 1
+    assert "--gpu says what --dry-run shall count on" in result.output
+
+
 def test_dry_run_of_a_named_gpu() -> None:
     result = CliRunner().invoke(run.main, ["--dry-run", "--gpu", "A100-80GB"])
     assert result.exit_code == 0, result.output

@@ -111,6 +111,21 @@ def test_short_run_resume_and_refusal() -> None:
     assert "stopped at 3,072 of 4,096 images; the same command continues" in more.output
 
 
+def test_no_snapshot_at_the_end_is_told() -> None:
+    intervals = "--batch 1024 --duration 24Ki --snapshot 10Ki --status 1Ki --sample 0 --checkpoint 0"
+    result = invoke("-n", *intervals.split())
+    assert "WARNING: the last snapshot will be at 20,480 of 24,576 images; --snapshot should divide" in result.output
+    assert "WARNING" not in invoke("-n").output
+
+
+def test_name_of_a_run_on_the_present_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    result = invoke("-n", "--data", ".", "--channels", "8")
+    assert f"runs/{tmp_path.name}: " in result.output
+
+
 def test_directory_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
