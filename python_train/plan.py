@@ -27,6 +27,9 @@ from python_train.world import World
 
 PEAK_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
 FREE_MEMORY = 0.92  # of the GPU's, left by its driver, the allocator's gaps and the workspaces of libraries
+MANY = (
+    256  # images at a time, with which a step's memory peaks where the backward pass begins: activations, few gradients
+)
 
 
 # What the presets' names say they are for: resolution, channels and label_dim (spec 1.1, 1.2). A dry run without --data
@@ -162,16 +165,12 @@ class Plan:
     flops_per_image: float  # forward and backward, 2 a multiply-add
     bytes_per_image: float  # all, products' included
     launches: int  # of a round
-    fixed_memory: int
-    memory_per_image: float
+    peak_memory: int
+    memory_per_image: float  # of many at a time
     micro_batch: int
     largest_micro_batch: int
     images_per_second: float
     mfu: float
-
-    @property
-    def peak_memory(self) -> float:
-        return self.fixed_memory + self.memory_per_image * self.micro_batch
 
 
 def parameter_bytes(options: TrainOptions, parameters: int, world_size: int) -> int:
@@ -201,27 +200,33 @@ def predict(
     Raises RuntimeError if the library holds no CUDA kernels.
     """
     micro, rounds = options.rounds(world_size)
-    one, two = count_rounds(options, resolution, channels, label_dim, (micro, 2 * micro), size)
+    facts = (resolution, channels, label_dim)
+    one, many, more = count_rounds(options, *facts, (micro, MANY, 2 * MANY), size)
     peak, bandwidth = PEAK_SHARE * 1e12 * gpu.tflops(options.precision), BANDWIDTH_SHARE * 1e12 * gpu.bandwidth
     seconds_of_products = max(one.flops / peak, one.bytes_of_products / bandwidth)
     seconds = rounds * (seconds_of_products + one.bytes / bandwidth) + one.optimizer_bytes / bandwidth
     images_per_second = options.batch / seconds
     useful = one.flops
     if options.recompute:
-        (plain,) = count_rounds(replace(options, recompute=False), resolution, channels, label_dim, (micro,), size)
+        (plain,) = count_rounds(replace(options, recompute=False), *facts, (micro,), size)
         useful = plain.flops
-    memory_per_image = (two.peak - one.peak) / micro
-    fixed = parameter_bytes(options, parameters, world_size) + round(one.peak - memory_per_image * micro)
+    fixed = parameter_bytes(options, parameters, world_size)
+    memory_per_image = (more.peak - many.peak) / MANY
     room = FREE_MEMORY * gpu.memory * 2**30 - fixed
+    largest = max(0, int((room - many.peak) / memory_per_image) + MANY)
+    if 0 < largest < MANY:  # so few that the memory may peak elsewhere, and is more than on that line
+        few, found = count_rounds(options, *facts, (1, largest), size)
+        if found.peak > room:
+            largest = max(0, int(1 + (room - few.peak) / (found.peak - few.peak) * (largest - 1)))
     return Plan(
         gpu=gpu,
         flops_per_image=one.flops / micro,
         bytes_per_image=(one.bytes + one.bytes_of_products) / micro,
         launches=one.launches,
-        fixed_memory=fixed,
+        peak_memory=fixed + one.peak,
         memory_per_image=memory_per_image,
         micro_batch=micro,
-        largest_micro_batch=max(0, int(room / memory_per_image)),
+        largest_micro_batch=largest,
         images_per_second=images_per_second,
         mfu=useful / micro * images_per_second / world_size / (1e12 * gpu.tflops(options.precision)),
     )
@@ -248,15 +253,19 @@ def describe(plan: Plan, options: TrainOptions, world_size: int) -> Iterator[tup
             f"backward in rounds of {plan.micro_batch}; {plan.launches:,} launches a round"
         ),
     )
-    fits = plan.micro_batch <= plan.largest_micro_batch
+    fits = plan.peak_memory <= FREE_MEMORY * plan.gpu.memory * gib
+    per_process, largest = options.batch // world_size, plan.largest_micro_batch
+    divisors = [n for n in range(1, min(largest, per_process) + 1) if per_process % n == 0]
     yield (
         "memory",
         (
             f"{plan.peak_memory / gib:,.1f} of {plan.gpu.memory:,.0f} GiB on each {plan.gpu.name} (predicted); "
             + (
-                f"up to {plan.largest_micro_batch} images at a time fit"
+                f"up to {max(largest, plan.micro_batch)} images at a time fit"
                 if fits
-                else f"DOES NOT FIT: at most --batch-gpu {plan.largest_micro_batch}"
+                else f"DOES NOT FIT: at most {largest} images at a time do, such as --batch-gpu {divisors[-1]}"
+                if divisors
+                else "DOES NOT FIT, however few images at a time"
             )
         ),
     )

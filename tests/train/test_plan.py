@@ -1,6 +1,7 @@
 """Predictions of what a run will take."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,9 +48,38 @@ def test_prediction_is_consistent() -> None:
     expected = found.flops_per_image * found.images_per_second / 2 / (gpu.tflops_16 * 1e12)
     assert found.mfu == pytest.approx(expected)
     assert found.peak_memory < found.gpu.memory * 2**30
-    assert found.fixed_memory >= plan.parameter_bytes(options, PARAMETERS, 2) == PARAMETERS * (6 * 4 + 2)
+    assert found.peak_memory >= plan.parameter_bytes(options, PARAMETERS, 2) == PARAMETERS * (6 * 4 + 2)
     slower = plan.predict(options, plan.GPU("slow", 1, 10, 1, 0.1), 2, *DIGITS, PARAMETERS)
     assert slower.images_per_second < found.images_per_second / 5
+
+
+@needs_kernels
+@pytest.mark.parametrize(("gigabytes", "recompute"), [(1.0, False), (0.035, False), (0.035, True)])
+def test_largest_micro_batch_fits_and_hardly_more_does(gigabytes: float, recompute: bool) -> None:
+    """Whether activations or gradients take most of the memory, and whatever number at a time is planned."""
+    options = make_options("digits", batch=4096, precision="fp16", model_channels=64, recompute=recompute)
+    gpu = plan.GPU("small", gigabytes, 100, 10, 1)
+    found = {
+        plan.predict(replace(options, batch_gpu=n), gpu, 1, *DIGITS, PARAMETERS).largest_micro_batch for n in (1, 64)
+    }
+    (largest,) = found
+    sizes = (largest, round(1.2 * largest))
+    below, above = plan.count_rounds(options, *DIGITS, sizes)
+    room = plan.FREE_MEMORY * gigabytes * 2**30 - plan.parameter_bytes(options, PARAMETERS, 1)
+    assert 0 < below.peak <= room < above.peak
+
+
+@needs_kernels
+def test_what_does_not_fit() -> None:
+    options = make_options("digits", batch=120, precision="fp16")
+    big, small = (
+        plan.predict(options, plan.GPU("g", size, 100, 10, 1), 1, *DIGITS, PARAMETERS) for size in (0.04, 0.001)
+    )
+    assert 1 < big.largest_micro_batch < 120
+    text = dict(plan.describe(big, options, 1))["memory"]
+    assert f"DOES NOT FIT: at most {big.largest_micro_batch} images at a time do, such as --batch-gpu " in text
+    assert 120 % int(text.split()[-1]) == 0
+    assert dict(plan.describe(small, options, 1))["memory"].endswith("DOES NOT FIT, however few images at a time")
 
 
 @needs_kernels
