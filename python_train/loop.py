@@ -16,7 +16,7 @@ import tqdm
 from torch import Tensor
 
 from edm2ext import tune
-from python_train import UserError, checkpoint, data, graph, initial, plan, rng, sharded_state
+from python_train import UserError, checkpoint, data, graph, initial, plan, rng, sharded_state, sinks
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.reporter import Reporter
@@ -90,12 +90,13 @@ def train(
     net = build_network(options, dataset.resolution, channels, dataset.label_dim)
     dataset.require_divisible(net.unet.stride)
     stop_point(options, 0)
+    if options.wandb is not None:
+        sinks.import_wandb()
     grids = SampleGrids(options, dataset, encoder, world.device) if options.sample else None
     notes = _start_from(options, net, Path(outdir))
     dataset.preload(progress and world.rank == 0)
-    run = None
-    if world.rank == 0:  # from here on files are written
-        run = RunDir(Path(outdir), describe(options, dataset, encoder, net, world), override)
+    description = describe(options, dataset, encoder, net, world)
+    run = world.first(lambda: RunDir(Path(outdir), description, override))  # from here on files are written
     try:
         for note in notes if run is not None else ():
             run.log(note)
@@ -208,7 +209,7 @@ def _due(nimg: int, interval: int, done: bool = False) -> bool:
 
 def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
     """Load the run's latest training state on every process; returns the time it had taken."""
-    state = [run.latest_state() if run is not None else None]
+    state = [world.first(lambda: run.latest_state())]
     if world.size > 1:
         torch.distributed.broadcast_object_list(state, src=0)
     if state[0] is None:

@@ -428,12 +428,16 @@ def test_data_that_changed_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """Two gloo processes under torchrun train in step, write once, and resume bit-exactly."""
+    """Two gloo processes under torchrun train in step, write once, and resume bit-exactly. Where the first is refused,
+    the second does not wait for it until it is killed."""
+
+    def launch(*more: str) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        arguments = [*command(tmp_path / "run")[1:], "--batch-gpu", "16", "--duration", "2Ki", *more]
+        return subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True)
 
     def torchrun() -> dict[str, object]:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        arguments = [*command(tmp_path / "run")[1:], "--batch-gpu", "16", "--duration", "2Ki"]
-        done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True)
+        done = launch()
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Warning" not in done.stderr, done.stderr
         return final_files(tmp_path / "run")
@@ -443,6 +447,10 @@ def test_two_processes(tmp_path: Path) -> None:
     assert whole["stats"][-1][1] < whole["stats"][0][1]
     checkpoint.list_states(tmp_path / "run")[0].unlink()
     assert same(torchrun(), whole)
+    refused = launch("--lr", "0.3")
+    assert refused.returncode != 0
+    assert refused.stderr.count("options.lr: 0.01 -> 0.3") == 1
+    assert "Signal 9" not in refused.stderr
 
 
 _WORLD_THAT_ENDS = """

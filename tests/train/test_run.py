@@ -82,6 +82,8 @@ def test_dry_run_of_the_demo() -> None:
             "the network does not fit the data: UNet: img_resolution 8 is not divisible by 16",
         ),
         ("--device tpu", "device 'tpu' cannot be used here"),
+        ("--device meta", "device 'meta' cannot be used here: expected cpu or cuda, and not meta"),
+        ("--init-from a/training-state-0000001.pt", "is a training state; what is needed is a snapshot"),
         ("--device cuda:99", "device 'cuda:99' cannot be used here"),
         ("--precision fp8", "'fp8' is not one of"),
         ("--lr x", "'x' is not a valid float"),

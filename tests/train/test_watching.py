@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from python_train import UserError, data, loop, noise_levels, sample_grids, sinks
+from python_train import UserError, data, loop, noise_levels, sample_grids
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.probe import Probe
@@ -163,10 +163,11 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert logged[1][1]["Samples/0.050"][0] == "image"
 
 
-def test_wandb_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'edm2ext\[wandb\]'"):
-        sinks.import_wandb()
+        loop.train(dataclasses.replace(TINY, wandb="project"), data.open_dataset("digits"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
