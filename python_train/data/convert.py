@@ -13,7 +13,7 @@ import PIL
 import tqdm
 
 from python_train import UserError
-from python_train.data.container import INDEX, Index, Source, find_labels, item_name, read_index
+from python_train.data.container import INDEX, Index, Source, classes_within, find_labels, item_name, read_index
 from python_train.data.images import decode_rgb, encode_png, is_item
 from python_train.data.staging import Staging, chunked, default_workers, in_processes, open_chunk, write_chunk
 from python_train.data.transforms import Size, make_transform
@@ -136,7 +136,8 @@ def find_kept_labels(
         remark = f"{len(missing)} of {len(names)} images have no label, such as {missing[0].name}: none is kept"
         return None, None, remark
     if values is None:
-        return None, None, ""
+        top = classes_within(names) if index is None else None
+        return None, None, f"the folders in {top}/ are not taken as classes: only those at the top are" if top else ""
     if index is not None and index.labels is not None:
         return dict(index.labels), class_names, ""
     return dict(zip(names, values.tolist(), strict=True)), class_names, ""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,20 @@ def test_labels_of_a_source_with_json_and_a_cap(photos: Path, tmp_path: Path) ->
     (photos / "dataset.json").write_text(json.dumps({"labels": [[name, -1] for name in names]}))
     with pytest.raises(UserError, match=r"ant/0\.png has the label -1; expected a class number"):
         convert(photos, tmp_path / "c.zip", "none", (8, 4), workers=1)
+
+
+def test_class_folders_a_level_too_deep_are_told(photos: Path, tmp_path: Path) -> None:
+    """As in a ZIP of a folder."""
+    result = convert(photos.parent, tmp_path / "a", "none", (8, 8), workers=1)
+    assert (result.written, result.label_kind) == (6, "none")
+    assert result.remarks == ["the folders in photos/ are not taken as classes: only those at the top are"]
+    assert convert(tmp_path / "a", tmp_path / "b", workers=1).remarks == []  # the container's own folders
+    for path in photos.rglob("*.*"):
+        photo(8, 8).save(path)
+    for copy in ("a", "b"):
+        shutil.rmtree(tmp_path / copy)
+    with pytest.raises(UserError, match=r"nor several class folders \(those in photos/ are a level too deep\)"):
+        open_dataset(tmp_path)
 
 
 def test_small_images_are_left_out(photos: Path, tmp_path: Path) -> None:
