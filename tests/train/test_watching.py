@@ -18,6 +18,7 @@ from python_train import UserError, data, loop, noise_levels, sample_grids
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.probe import Probe
+from python_train.saving import Saver
 
 TINY = TrainOptions(
     model_channels=8,
@@ -117,17 +118,21 @@ def test_drawing_changes_nothing(tmp_path: Path) -> None:
     ][1:]
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = dataclasses.replace(TINY, tensorboard=True, sample=2048)
+    with monkeypatch.context() as patch:  # it ends before there is a training state, and begins anew
+        patch.setattr(Saver, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            loop.train(options, data.open_dataset("digits"), tmp_path)
     loop.train(dataclasses.replace(options, slice=1024), data.open_dataset("digits"), tmp_path)
     loop.train(options, data.open_dataset("digits"), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     written = {event.step: event.value for event in events.Scalars("Loss/learning_rate")}
     expected = {round(1000 * e["Progress/kimg"]): e["Loss/learning_rate"] for e in stats_of(tmp_path)}
-    assert sorted(written) == [0, 1024, 2048]
+    assert [event.step for event in events.Scalars("Loss/learning_rate")] == [0, 1024, 2048]
     assert written == pytest.approx(expected, rel=1e-5)
     assert [event.step for event in events.Images("Samples/0.050")][-1] == 2048
     assert any(tag.startswith("Noise/") for tag in events.Tags()["scalars"])
