@@ -127,7 +127,7 @@ def _train(
     progress: bool,
 ) -> int:
     trainer = Trainer(net.to(world.device), options, encoder, world)
-    elapsed = _resume(trainer, run, world)
+    elapsed = _resume(trainer, run, world, request.group)
     first, stop = trainer.nimg, stop_point(options, trainer.nimg)
     if run is not None:
         if run.changed:
@@ -207,11 +207,12 @@ def _due(nimg: int, interval: int, done: bool = False) -> bool:
     return interval > 0 and (done or nimg % interval == 0)
 
 
-def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
-    """Load the run's latest training state on every process; returns the time it had taken."""
+def _resume(trainer: Trainer, run: RunDir | None, world: World, group: torch.distributed.ProcessGroup | None) -> float:
+    """Load the run's latest training state on every process; returns the time it had taken. It is passed on by a group
+    of CPUs: a GPU might have no room for it."""
     state = [world.first(lambda: run.latest_state())]
     if world.size > 1:
-        torch.distributed.broadcast_object_list(state, src=0)
+        torch.distributed.broadcast_object_list(state, src=0, group=group)
     if state[0] is None:
         return 0.0
     try:

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import dataclasses
 import errno
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 import edm2ext
 from edm2ext.phema import STORAGES, parse_sigma_rel_list
-from python_train import UserError, config, data, loop, plan
+from python_train import UserError, checkpoint, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
 from python_train.stop import Stopped
 from python_train.trainer import fastest_precision
@@ -333,10 +334,13 @@ def _say_what_next(options: TrainOptions, outdir: Path, nimg: int) -> None:
         return
     click.echo(f"the run in {outdir} is complete: {nimg:,} images")
     snapshots = sorted(outdir.glob("network-snapshot-*.safetensors"))
-    if snapshots:
-        click.echo(f"sample:  python -m python_train.generate --net {snapshots[-1]} --outdir {outdir}/out --seeds 0-63")
-        click.echo(f"tune the averaging length:  python -m python_train.reconstruct --indir {outdir} --outdir {outdir} "
-                   "--outstd 0.05,0.10,0.15")  # fmt: skip
+    if not snapshots or checkpoint.read_header(snapshots[-1])["nimg"] == 0:
+        return
+    sample = ["--net", str(snapshots[-1]), "--outdir", f"{outdir}/out", "--seeds", "0-63"]
+    sample += ["--vae", options.vae] if options.vae else []
+    tune = ["--indir", str(outdir), "--outdir", str(outdir), "--outstd", "0.05,0.10,0.15"]
+    click.echo(f"sample:  python -m python_train.generate {shlex.join(sample)}")
+    click.echo(f"tune the averaging length:  python -m python_train.reconstruct {shlex.join(tune)}")
 
 
 if __name__ == "__main__":

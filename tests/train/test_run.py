@@ -113,6 +113,17 @@ def test_short_run_resume_and_refusal() -> None:
     assert "stopped at 3,072 of 4,096 images; the same command continues" in more.output
 
 
+def test_what_to_do_next(tmp_path: Path) -> None:
+    """Commands that a shell takes; none for a network that has seen nothing."""
+    result = invoke(*SHORT.split(), "--outdir", "my run")
+    name = "my run/network-snapshot-0000001-0.100.safetensors"
+    assert f"python_train.generate --net '{name}' --outdir 'my run/out' --seeds 0-63" in result.output
+    result = invoke(*SHORT.split(), "--snapshot", "2Ki", "--outdir", "out")
+    assert list(Path("out").glob("network-snapshot-0000000-*"))
+    assert "the run in out is complete" in result.output
+    assert "python_train.generate" not in result.output
+
+
 def test_no_snapshot_at_the_end_is_told() -> None:
     intervals = "--batch 1024 --duration 24Ki --snapshot 10Ki --status 1Ki --sample 0 --checkpoint 0"
     result = invoke("-n", *intervals.split())
