@@ -51,7 +51,8 @@ def stop_point(options: TrainOptions, start: int) -> int:
     interval = options.checkpoint or options.snapshot or options.batch
     stop = (start + options.slice) // interval * interval
     if stop <= start:
-        raise UserError(f"slice {options.slice} is shorter than the checkpoint interval {interval}: no progress")
+        name = "checkpoint" if options.checkpoint else "snapshot"
+        raise UserError(f"slice {options.slice} is shorter than the {name} interval {interval}: no progress")
     return min(stop, options.duration)
 
 
@@ -169,7 +170,8 @@ def _train(
                 if math.isfinite(loss):
                     bar.set_postfix(loss=f"{loss:.4f}")
             asked = not done and request.agreed()
-            state_due = (asked or _due(nimg, options.checkpoint, done)) and nimg != first
+            to_go_on = asked or (done and nimg < options.duration)
+            state_due = (to_go_on or _due(nimg, options.checkpoint, done)) and nimg != first
             if state_due:
                 world.check_equal(net)
                 trainer.share_losses()
@@ -222,5 +224,10 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World, group: torch.dis
     except UserError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the training state does not fit this network ({error}); choose another --outdir") from error
+        first, *others = str(error).splitlines()
+        text = " ".join([first, *map(str.strip, others[:1]), *([f"and {len(others) - 1} more"] if others[1:] else [])])
+        raise UserError(
+            f"the training state does not fit this network ({text}); choose another --outdir, where a new run may "
+            "start from a snapshot of this one (--init-from)"
+        ) from error
     return state[0]["elapsed"]

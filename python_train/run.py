@@ -90,10 +90,11 @@ Examples:
   torchrun --standalone --nproc_per_node=8 -m python_train.run --preset img512-xs --data latents.zip
 
 IMAGES are integers, optionally with Ki, Mi or Gi (1024, 1024^2, 1024^3). Running a command again continues its
-run from the latest training state, with the same numbers as if it had not stopped. The duration, the slice and
-the intervals may be changed freely then, and what is kept; anything else is refused with the differences listed,
-unless --override. That takes another --batch-gpu or number of processes as well: the mathematics is the same, the
-random numbers are not, so the run will not be bit for bit what it would have been.
+run from the latest training state, with the same numbers as if it had not stopped. What may be changed freely then
+is the duration, the slice, the intervals, what is kept and shown, and how it is computed (--device, --workers,
+--cache, --parallel, --recompute, --cuda-graph). Anything else is refused with the differences listed, unless
+--override. That takes another --batch-gpu or number of processes as well: the mathematics is the same, the random
+numbers are not, so the run will not be bit for bit what it would have been.
 SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75. A
 second one ends it at once, and so does one before training begins; the code is 75 too. It is 1 after an error,
 also of the data: what was done up to there is saved.
@@ -102,8 +103,8 @@ also of the data: what was done up to there is saved.
 
 @click.command(epilog=_EPILOG, context_settings={"max_content_width": 120, "show_default": False})
 @click.option("--outdir", type=click.Path(path_type=Path), help="Run directory. [default: runs/<preset or data name>]")
-@click.option("--data", help="Image folder or ZIP of images of one size; classes from dataset.json or from the "
-              "top-level folders. 'digits' is embedded. [default: digits]")  # fmt: skip
+@click.option("--data", help="Folder or ZIP of images of one size, or of .npy arrays; classes from dataset.json or "
+              "from the top-level folders. 'digits' is embedded. [default: digits]")  # fmt: skip
 @click.option("--xflip", is_flag=True, help="Train with every image's mirror image too.")
 @click.option("--cache", type=click.FloatRange(min=0), default=data.IN_MEMORY_BYTES / 2**30, help="Keep the data in "
               "memory if they take at most so many GiB. [1]")  # fmt: skip

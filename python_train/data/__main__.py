@@ -75,7 +75,7 @@ def main() -> None:
 @click.option("--max-images", type=click.IntRange(min=1), help="Take only so many images, the first by name.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [one per processor]")
 def _convert(source: Path, dest: Path, **options: Any) -> None:
-    """Make the data set DEST, a ZIP if its name ends so, of the images in SOURCE, a folder or ZIP.
+    """Make the data set DEST, a ZIP if its name ends so and else a folder, of the images in SOURCE, a folder or ZIP.
 
     Labels come from SOURCE's dataset.json, or from the names of its top-level folders if there are several. Images
     become 8-bit RGB: of animations the first frame is taken, and transparency is dropped, so that what lay behind it
@@ -143,7 +143,12 @@ def _encode(source: Path, dest: Path, vae: str, subfolder: str | None, device: s
     """Make the data set DEST of the latents of SOURCE, a data set of RGB images: mean and standard deviation of the
     posterior that a VAE gives each image in [0, 1].
 
-    Under torchrun the processes share the work. Keep SOURCE: metrics need its pixels.
+    DEST, a ZIP if its name ends so and else a folder, appears when it is whole; after an interruption the same command
+    goes on from where it was. Under torchrun the processes share the work. Keep SOURCE: metrics need its pixels.
+
+    \b
+    On 8 GPUs:
+      torchrun --standalone --nproc_per_node=8 -m python_train.data encode photos512.zip latents.zip
     """
     from python_train.data.latents import encode, open_vae
     from python_train.world import open_world

@@ -324,6 +324,15 @@ def test_slices_are_bit_exact(uninterrupted: dict[str, object], tmp_path: Path) 
         assert same(files[key], uninterrupted[key]), key
 
 
+def test_a_slice_is_saved_without_checkpoints(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, checkpoint=0, slice=2048, status=0)
+    assert run(options, tmp_path / "run") == 2048
+    assert run(options, tmp_path / "run") == 4096
+    assert [path.name for path in checkpoint.list_states(tmp_path / "run")] == ["training-state-0000002.pt"]
+    with pytest.raises(UserError, match="slice 512 is shorter than the snapshot interval 2048"):
+        stop_point(dataclasses.replace(options, slice=512), 0)
+
+
 class Crash(Exception):
     pass
 
@@ -368,7 +377,7 @@ def test_changed_options_are_refused(tmp_path: Path) -> None:
     for line in ("options.lr: 0.01 -> 0.02", "options.model_channels: 8 -> 16", "network.model_channels", "--override"):
         assert line in str(refused.value)
     assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
-    with pytest.raises(UserError, match="does not fit this network"):
+    with pytest.raises(UserError, match=r"does not fit this network \(Error.* and \d+ more\); choose"):
         run(changed, outdir, override=True)
     assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
     assert run(dataclasses.replace(short, lr=0.02, duration=2048), outdir, override=True) == 2048
