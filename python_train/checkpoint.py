@@ -223,6 +223,11 @@ def state_name(nimg: int, sharded: bool = False) -> str:
     return f"training-state-{nimg // 1000:07d}.{'dcp' if sharded else 'pt'}"
 
 
+def is_state(path: Path) -> bool:
+    """Whether the path has the name of a training state."""
+    return _STATE_NAME.fullmatch(path.name) is not None
+
+
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write a training state (tensors, numbers, strings, lists and dicts only) atomically."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:

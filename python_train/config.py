@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 import re
 from typing import Any, Literal
 
@@ -119,8 +121,11 @@ class TrainOptions:
     def validate(self, world_size: int = 1) -> None:
         """Raise UserError, naming the numbers, where the options contradict each other (spec 4.5)."""
         for name in ("batch", "model_channels", "num_blocks", "channels_per_head", "lr", "P_std", "duration"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("P_mean", "decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.batch_gpu is not None and self.batch_gpu <= 0:
             raise UserError(f"batch_gpu must be positive, got {self.batch_gpu}")
         if not self.channel_mult:
@@ -218,9 +223,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_options(preset: str | None = None, **overrides: Any) -> TrainOptions:
-    """Options of a preset with some of them overridden (None = not given). An unknown preset lists those there are."""
+    """Options of a preset with some of them overridden (None = not given). An unknown preset: UserError lists them."""
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}; the presets are: {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(preset.lower(), PRESETS, n=1, cutoff=0.7)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown preset {preset!r}{meant}; the presets are: {', '.join(PRESETS)}")
     given = {key: value for key, value in overrides.items() if value is not None}
     return TrainOptions(**{**(PRESETS[preset] if preset else {}), **given})
 

@@ -21,6 +21,8 @@ def load_weights(net: Precond, path: Path, reinit: bool = False) -> list[str]:
     Returns what the user should know, as lines. Raises UserError if the snapshot cannot be read, or, without
     ``reinit``, naming every layer that does not fit; nothing is changed then.
     """
+    if checkpoint.is_state(path):
+        raise UserError(f"{path} is a training state; what is needed is a snapshot, network-snapshot-*.safetensors")
     header, stored = checkpoint.read_header(path), checkpoint.read_tensors(path)
     own = net.state_dict()
     fitting = [name for name in own if name in stored and stored[name].shape == own[name].shape]

@@ -16,7 +16,7 @@ import tqdm
 from torch import Tensor
 
 from edm2ext import tune
-from python_train import UserError, checkpoint, data, graph, initial, plan, rng, sharded_state
+from python_train import UserError, checkpoint, data, graph, initial, plan, rng, sharded_state, sinks
 from python_train.config import TrainOptions
 from python_train.network import Precond
 from python_train.reporter import Reporter
@@ -51,7 +51,8 @@ def stop_point(options: TrainOptions, start: int) -> int:
     interval = options.checkpoint or options.snapshot or options.batch
     stop = (start + options.slice) // interval * interval
     if stop <= start:
-        raise UserError(f"slice {options.slice} is shorter than the checkpoint interval {interval}: no progress")
+        name = "checkpoint" if options.checkpoint else "snapshot"
+        raise UserError(f"slice {options.slice} is shorter than the {name} interval {interval}: no progress")
     return min(stop, options.duration)
 
 
@@ -90,12 +91,13 @@ def train(
     net = build_network(options, dataset.resolution, channels, dataset.label_dim)
     dataset.require_divisible(net.unet.stride)
     stop_point(options, 0)
+    if options.wandb is not None:
+        sinks.import_wandb()
     grids = SampleGrids(options, dataset, encoder, world.device) if options.sample else None
     notes = _start_from(options, net, Path(outdir))
     dataset.preload(progress and world.rank == 0)
-    run = None
-    if world.rank == 0:  # from here on files are written
-        run = RunDir(Path(outdir), describe(options, dataset, encoder, net, world), override)
+    description = describe(options, dataset, encoder, net, world)
+    run = world.first(lambda: RunDir(Path(outdir), description, override))  # from here on files are written
     try:
         for note in notes if run is not None else ():
             run.log(note)
@@ -126,7 +128,7 @@ def _train(
     progress: bool,
 ) -> int:
     trainer = Trainer(net.to(world.device), options, encoder, world)
-    elapsed = _resume(trainer, run, world)
+    elapsed = _resume(trainer, run, world, request.group)
     first, stop = trainer.nimg, stop_point(options, trainer.nimg)
     if run is not None:
         if run.changed:
@@ -140,7 +142,7 @@ def _train(
 
     if world.device.type == "cuda" and options.precision != "fp32" and tune.available():
         sizes = (dataset.resolution, net.img_channels, dataset.label_dim)
-        tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch))
+        tune.tune(plan.convolutions(options, *sizes, trainer.micro_batch, dataset.shape[1:]))
     indices = data.IndexStream(dataset.num_images, options.seed, first, world.rank, world.size)
     batches = data.batches(dataset, trainer.micro_batch, indices, world.device)
     report = Reporter(trainer, dataset, encoder, run, grids, elapsed)
@@ -168,7 +170,8 @@ def _train(
                 if math.isfinite(loss):
                     bar.set_postfix(loss=f"{loss:.4f}")
             asked = not done and request.agreed()
-            state_due = (asked or _due(nimg, options.checkpoint, done)) and nimg != first
+            to_go_on = asked or (done and nimg < options.duration)
+            state_due = (to_go_on or _due(nimg, options.checkpoint, done)) and nimg != first
             if state_due:
                 world.check_equal(net)
                 trainer.share_losses()
@@ -197,7 +200,8 @@ def _draw(batches: Iterator[tuple[Tensor, Tensor]], rounds: int, request: StopRe
 def _stop(request: StopRequest, nimg: int) -> NoReturn:
     """End a run whose state is saved."""
     if request.error is not None:
-        raise UserError(f"{request.error}\nThe run stops at {nimg:,} images; they are saved.") from request.error
+        saved = f"The run stops at {nimg:,} images; they are saved." if nimg else "The run has not begun."
+        raise UserError(f"{request.error}\n{saved}") from request.error
     raise Stopped(f"asked to stop ({request.signal or 'another process'}): {nimg:,} images are done and saved")
 
 
@@ -205,11 +209,12 @@ def _due(nimg: int, interval: int, done: bool = False) -> bool:
     return interval > 0 and (done or nimg % interval == 0)
 
 
-def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
-    """Load the run's latest training state on every process; returns the time it had taken."""
-    state = [run.latest_state() if run is not None else None]
+def _resume(trainer: Trainer, run: RunDir | None, world: World, group: torch.distributed.ProcessGroup | None) -> float:
+    """Load the run's latest training state on every process; returns the time it had taken. It is passed on by a group
+    of CPUs: a GPU might have no room for it."""
+    state = [world.first(lambda: run.latest_state())]
     if world.size > 1:
-        torch.distributed.broadcast_object_list(state, src=0)
+        torch.distributed.broadcast_object_list(state, src=0, group=group)
     if state[0] is None:
         return 0.0
     try:
@@ -219,5 +224,10 @@ def _resume(trainer: Trainer, run: RunDir | None, world: World) -> float:
     except UserError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the training state does not fit this network ({error}); choose another --outdir") from error
+        first, *others = str(error).splitlines()
+        text = " ".join([first, *map(str.strip, others[:1]), *([f"and {len(others) - 1} more"] if others[1:] else [])])
+        raise UserError(
+            f"the training state does not fit this network ({text}); choose another --outdir, where a new run may "
+            "start from a snapshot of this one (--init-from)"
+        ) from error
     return state[0]["elapsed"]

@@ -27,6 +27,9 @@ from python_train.world import World
 
 PEAK_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
 FREE_MEMORY = 0.92  # of the GPU's, left by its driver, the allocator's gaps and the workspaces of libraries
+MANY = (
+    256  # images at a time, with which a step's memory peaks where the backward pass begins: activations, few gradients
+)
 
 
 # What the presets' names say they are for: resolution, channels and label_dim (spec 1.1, 1.2). A dry run without --data
@@ -86,10 +89,19 @@ class Round:
     optimizer_bytes: int
 
 
+Size = tuple[int, int]  # height and width of images, given where they are not squares of the network's resolution
+
+
 def count_rounds(
-    options: TrainOptions, resolution: int, channels: int, label_dim: int, sizes: Sequence[int]
+    options: TrainOptions,
+    resolution: int,
+    channels: int,
+    label_dim: int,
+    sizes: Sequence[int],
+    size: Size | None = None,
 ) -> list[Round]:
-    """Count a round of each size and the optimizer's pass. Raises RuntimeError if the library has no CUDA kernels."""
+    """Count a round of each of so many images, and the optimizer's pass. Raises RuntimeError if the library has no CUDA
+    kernels."""
     if not edm2ext.build_info()["cuda_compiled"]:
         raise RuntimeError("the library holds no CUDA kernels, so their traffic cannot be counted")
     rounds = []
@@ -99,7 +111,7 @@ def count_rounds(
         options = replace(options, batch=1, batch_gpu=1)
         trainer = Trainer(net, options, encoder, World(device=torch.device("meta")))
         for images in (1, *sizes):  # the first step makes the optimizer's state
-            batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
+            batch = torch.empty(images, channels, *(size or (resolution, resolution))), torch.empty(images, label_dim)
             with counting() as counter, PeakMemory() as peak:
                 trainer.step(itertools.repeat(batch))
             rounds.append(_round(images, peak.bytes, counter))
@@ -107,7 +119,7 @@ def count_rounds(
 
 
 def convolutions(
-    options: TrainOptions, resolution: int, channels: int, label_dim: int, images: int
+    options: TrainOptions, resolution: int, channels: int, label_dim: int, images: int, size: Size | None = None
 ) -> list[conv_choice.Problem]:
     """The distinct convolutions and gradients of a training step of so many images on one GPU, those that our kernels
     can compute: what `edm2ext.tune` chooses for. Leaves the random numbers of the CPU alone."""
@@ -115,7 +127,7 @@ def convolutions(
         net = Precond(**options.network_config(resolution, channels, label_dim))
         encoder = SimpleNamespace(encode=lambda stored: stored)
         options = replace(options, batch=1, batch_gpu=1)
-        batch = torch.empty(images, channels, resolution, resolution), torch.empty(images, label_dim)
+        batch = torch.empty(images, channels, *(size or (resolution, resolution))), torch.empty(images, label_dim)
         Trainer(net, options, encoder, World(device=torch.device("meta"))).step(itertools.repeat(batch))
     return list(found)
 
@@ -153,16 +165,12 @@ class Plan:
     flops_per_image: float  # forward and backward, 2 a multiply-add
     bytes_per_image: float  # all, products' included
     launches: int  # of a round
-    fixed_memory: int
-    memory_per_image: float
+    peak_memory: int
+    memory_per_image: float  # of many at a time
     micro_batch: int
     largest_micro_batch: int
     images_per_second: float
     mfu: float
-
-    @property
-    def peak_memory(self) -> float:
-        return self.fixed_memory + self.memory_per_image * self.micro_batch
 
 
 def parameter_bytes(options: TrainOptions, parameters: int, world_size: int) -> int:
@@ -177,7 +185,14 @@ def parameter_bytes(options: TrainOptions, parameters: int, world_size: int) -> 
 
 
 def predict(
-    options: TrainOptions, gpu: GPU, world_size: int, resolution: int, channels: int, label_dim: int, parameters: int
+    options: TrainOptions,
+    gpu: GPU,
+    world_size: int,
+    resolution: int,
+    channels: int,
+    label_dim: int,
+    parameters: int,
+    size: Size | None = None,
 ) -> Plan:
     """Memory, speed and MFU on ``world_size`` of these GPUs; MFU counts 2 flops a multiply-add, against the data sheet,
     and not what is recomputed.
@@ -185,27 +200,33 @@ def predict(
     Raises RuntimeError if the library holds no CUDA kernels.
     """
     micro, rounds = options.rounds(world_size)
-    one, two = count_rounds(options, resolution, channels, label_dim, (micro, 2 * micro))
+    facts = (resolution, channels, label_dim)
+    one, many, more = count_rounds(options, *facts, (micro, MANY, 2 * MANY), size)
     peak, bandwidth = PEAK_SHARE * 1e12 * gpu.tflops(options.precision), BANDWIDTH_SHARE * 1e12 * gpu.bandwidth
     seconds_of_products = max(one.flops / peak, one.bytes_of_products / bandwidth)
     seconds = rounds * (seconds_of_products + one.bytes / bandwidth) + one.optimizer_bytes / bandwidth
     images_per_second = options.batch / seconds
     useful = one.flops
     if options.recompute:
-        (plain,) = count_rounds(replace(options, recompute=False), resolution, channels, label_dim, (micro,))
+        (plain,) = count_rounds(replace(options, recompute=False), *facts, (micro,), size)
         useful = plain.flops
-    memory_per_image = (two.peak - one.peak) / micro
-    fixed = parameter_bytes(options, parameters, world_size) + round(one.peak - memory_per_image * micro)
+    fixed = parameter_bytes(options, parameters, world_size)
+    memory_per_image = (more.peak - many.peak) / MANY
     room = FREE_MEMORY * gpu.memory * 2**30 - fixed
+    largest = max(0, int((room - many.peak) / memory_per_image) + MANY)
+    if 0 < largest < MANY:  # so few that the memory may peak elsewhere, and is more than on that line
+        few, found = count_rounds(options, *facts, (1, largest), size)
+        if found.peak > room:
+            largest = max(0, int(1 + (room - few.peak) / (found.peak - few.peak) * (largest - 1)))
     return Plan(
         gpu=gpu,
         flops_per_image=one.flops / micro,
         bytes_per_image=(one.bytes + one.bytes_of_products) / micro,
         launches=one.launches,
-        fixed_memory=fixed,
+        peak_memory=fixed + one.peak,
         memory_per_image=memory_per_image,
         micro_batch=micro,
-        largest_micro_batch=max(0, int(room / memory_per_image)),
+        largest_micro_batch=largest,
         images_per_second=images_per_second,
         mfu=useful / micro * images_per_second / world_size / (1e12 * gpu.tflops(options.precision)),
     )
@@ -222,8 +243,8 @@ def describe_recompute(with_it: Plan, without: Plan) -> str:
     )
 
 
-def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
-    """The prediction as (name, text) lines."""
+def describe(plan: Plan, options: TrainOptions, world_size: int) -> Iterator[tuple[str, str]]:
+    """The prediction for ``world_size`` GPUs as (name, text) lines."""
     gib = 2**30
     yield (
         "per image",
@@ -232,15 +253,19 @@ def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
             f"backward in rounds of {plan.micro_batch}; {plan.launches:,} launches a round"
         ),
     )
-    fits = plan.micro_batch <= plan.largest_micro_batch
+    fits = plan.peak_memory <= FREE_MEMORY * plan.gpu.memory * gib
+    per_process, largest = options.batch // world_size, plan.largest_micro_batch
+    divisors = [n for n in range(1, min(largest, per_process) + 1) if per_process % n == 0]
     yield (
         "memory",
         (
             f"{plan.peak_memory / gib:,.1f} of {plan.gpu.memory:,.0f} GiB on each {plan.gpu.name} (predicted); "
             + (
-                f"up to {plan.largest_micro_batch} images at a time fit"
+                f"up to {max(largest, plan.micro_batch)} images at a time fit"
                 if fits
-                else f"DOES NOT FIT: at most --batch-gpu {plan.largest_micro_batch}"
+                else f"DOES NOT FIT: at most {largest} images at a time do, such as --batch-gpu {divisors[-1]}"
+                if divisors
+                else "DOES NOT FIT, however few images at a time"
             )
         ),
     )
@@ -248,20 +273,27 @@ def describe(plan: Plan, options: TrainOptions) -> Iterator[tuple[str, str]]:
     yield (
         "speed",
         (
-            f"{plan.images_per_second:,.0f} images/s, {100 * plan.mfu:.0f} % MFU (predicted, not measured); "
-            f"{days:,.1f} days to the end"
+            f"{plan.images_per_second:,.0f} images/s{f' on {world_size} GPUs' * (world_size > 1)}, "
+            f"{100 * plan.mfu:.0f} % MFU (predicted, not measured); {days:,.1f} days to the end"
         ),
     )
+
+
+def states_kept(options: TrainOptions) -> int:
+    """How many training states a run leaves behind; its last one is at its end, wherever that is."""
+    if not options.checkpoint:
+        return 0
+    made = -(-options.duration // options.checkpoint)
+    last = min(options.keep or made, made)
+    oldest = min((made - last + 1) * options.checkpoint, options.duration)
+    return last + ((oldest - 1) // options.keep_every if options.keep_every else 0)
 
 
 def describe_disk(options: TrainOptions, parameters: int) -> str:
     """Disk that the run's snapshots and training states will take."""
     profiles = len(options.sigma_rels)
     snapshots = options.duration // options.snapshot + 1 if options.snapshot else 0
-    made = options.duration // options.checkpoint if options.checkpoint else 0
-    states = min(options.keep or made, made)
-    if options.keep_every:
-        states += (options.duration - states * options.checkpoint) // options.keep_every
+    states = states_kept(options)
     widths = " and ".join(f"{sigma_rel:g}" for sigma_rel in options.sigma_rels)
     return (
         f"{snapshots:,} snapshots of {profiles} averages (sigma_rel {widths}), "

@@ -9,7 +9,8 @@ from python_train.network import Precond
 
 
 class Probe:
-    """The first images of a data set with fixed noise: what a network's magnitudes and errors are measured on."""
+    """Images of a data set with fixed noise: what a network's magnitudes and errors are measured on. They are spread
+    over the set evenly, because many are in the order of their classes."""
 
     def __init__(
         self,
@@ -19,7 +20,8 @@ class Probe:
         sigmas: list[float],
         images: int = 32,
     ) -> None:
-        self.indices = range(min(images, dataset.num_images))
+        images = min(images, dataset.num_images)
+        self.indices = [number * dataset.num_images // images for number in range(images)]
         self.dataset = dataset
         self.encoder = encoder
         self.device = device

@@ -108,8 +108,9 @@ class Reporter:
     def _warn(self, buckets: list[magnitudes.Bucket], nonfinite: dict[str, int]) -> None:
         """Say once what magnitudes are wrong, and each time which gradients were."""
         drifting = magnitudes.drifting(buckets) if self.trainer.nimg else {}  # new weights are not normalised yet
-        for layer in drifting.keys() - self.drifting:
-            self.run.log(f"WARNING: {drifting[layer]}")
+        for layer, text in drifting.items():
+            if layer not in self.drifting:
+                self.run.log(f"WARNING: {text}")
         self.drifting = set(drifting)
         new = {name: n - self.nonfinite_reported.get(name, 0) for name, n in nonfinite.items()}
         where = [f"{name} ({n})" for name, n in new.items() if n]

@@ -9,6 +9,8 @@ if __name__ == "__main__":
 
 import dataclasses
 import errno
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 
 import edm2ext
 from edm2ext.phema import STORAGES, parse_sigma_rel_list
-from python_train import UserError, config, data, loop, plan
+from python_train import UserError, checkpoint, config, data, loop, plan
 from python_train.config import FORCE_NORMALIZE, PARALLEL, PRECISIONS, PRESETS, TrainOptions
 from python_train.stop import Stopped
 from python_train.trainer import fastest_precision
@@ -56,6 +58,22 @@ class _Widths(click.ParamType):
         return value if isinstance(value, tuple) else tuple(_converted(self, parse_sigma_rel_list, value, param, ctx))
 
 
+class _GPUs(click.ParamType):
+    """So many GPUs of a kind, (count, GPU); the count is None where it is not given."""
+
+    name = "[Nx]GPU"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | None, plan.GPU]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?(.+)", value)
+        if match is None or match[2] not in plan.GPUS:
+            self.fail(f"expected one of {', '.join(plan.GPUS)}, or several such as 8xH100, got {value!r}", param, ctx)
+        return int(match[1]) if match[1] else None, plan.GPUS[match[2]]
+
+
 def _converted(kind: click.ParamType, parse: Any, value: Any, param: Any, ctx: Any) -> Any:
     try:
         return parse(value)
@@ -72,10 +90,11 @@ Examples:
   torchrun --standalone --nproc_per_node=8 -m python_train.run --preset img512-xs --data latents.zip
 
 IMAGES are integers, optionally with Ki, Mi or Gi (1024, 1024^2, 1024^3). Running a command again continues its
-run from the latest training state, with the same numbers as if it had not stopped. The duration, the slice and
-the intervals may be changed freely then, and what is kept; anything else is refused with the differences listed,
-unless --override. That takes another --batch-gpu or number of processes as well: the mathematics is the same, the
-random numbers are not, so the run will not be bit for bit what it would have been.
+run from the latest training state, with the same numbers as if it had not stopped. What may be changed freely then
+is the duration, the slice, the intervals, what is kept and shown, and how it is computed (--device, --workers,
+--cache, --parallel, --recompute, --cuda-graph). Anything else is refused with the differences listed, unless
+--override. That takes another --batch-gpu or number of processes as well: the mathematics is the same, the random
+numbers are not, so the run will not be bit for bit what it would have been.
 SIGTERM, SIGINT and SIGUSR1 end a run after its present step: the training state is saved, the exit code is 75. A
 second one ends it at once, and so does one before training begins; the code is 75 too. It is 1 after an error,
 also of the data: what was done up to there is saved.
@@ -84,8 +103,8 @@ also of the data: what was done up to there is saved.
 
 @click.command(epilog=_EPILOG, context_settings={"max_content_width": 120, "show_default": False})
 @click.option("--outdir", type=click.Path(path_type=Path), help="Run directory. [default: runs/<preset or data name>]")
-@click.option("--data", help="Image folder or ZIP of images of one size; classes from dataset.json or from the "
-              "top-level folders. 'digits' is embedded. [default: digits]")  # fmt: skip
+@click.option("--data", help="Folder or ZIP of images of one size, or of .npy arrays; classes from dataset.json or "
+              "from the top-level folders. 'digits' is embedded. [default: digits]")  # fmt: skip
 @click.option("--xflip", is_flag=True, help="Train with every image's mirror image too.")
 @click.option("--cache", type=click.FloatRange(min=0), default=data.IN_MEMORY_BYTES / 2**30, help="Keep the data in "
               "memory if they take at most so many GiB. [1]")  # fmt: skip
@@ -145,8 +164,8 @@ also of the data: what was done up to there is saved.
               "directory. [--tensorboard]")  # fmt: skip
 @click.option("--wandb", help="Send statistics and grids to this project of Weights & Biases.")
 @click.option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-@click.option("--gpu", type=click.Choice(list(plan.GPUS)), help="With --dry-run: predict speed and memory for "
-              "this GPU. [the one at hand]")  # fmt: skip
+@click.option("--gpu", type=_GPUs(), help="With --dry-run: predict speed and memory for this GPU, or so many, such "
+              f"as 8xH100; known are {', '.join(plan.GPUS)}. [those at hand]")  # fmt: skip
 @click.option("--override", is_flag=True, help="Continue a run although options have changed.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan and stop; writes nothing.")
 @click.pass_context
@@ -155,7 +174,7 @@ def main(
     outdir: Path | None,
     preset: str | None,
     device: str | None,
-    gpu: str | None,
+    gpu: tuple[int | None, plan.GPU] | None,
     override: bool,
     dry_run: bool,
     xflip: bool,
@@ -177,19 +196,25 @@ def main(
         options = config.make_options(preset, **given)
         if given["data"] is None and preset != "digits" and not dry_run:
             raise UserError(f"preset {preset} needs --data: a folder or ZIP of images (only 'digits' is embedded)")
-        outdir = outdir or Path("runs") / (preset or Path(options.data).stem)
+        if gpu is not None and not dry_run:
+            raise UserError("--gpu says what --dry-run shall count on; --device chooses what to train on")
+        outdir = outdir or Path("runs") / (preset or Path(options.data).resolve().stem)
         with open_world(device) as world:
             if options.precision == AUTO:
-                options = dataclasses.replace(options, precision=fastest_precision(world.device))
-            options.validate(world.size)
+                options = dataclasses.replace(
+                    options, precision=fastest_precision(torch.device("cuda") if gpu else world.device)
+                )
+            planned = dataclasses.replace(world, size=gpu[0]) if gpu and gpu[0] else world
+            options.validate(planned.size)
             nominal = plan.NOMINAL_DATA.get((preset or "").partition("-")[0]) if given["data"] is None else None
             dataset = None
             if not nominal:
                 dataset = data.open_dataset(options.data, options.cond, xflip, int(cache * 2**30), workers)
             if world.rank == 0:
-                shape = _print_settings(options, preset, outdir, world, dataset or nominal)
+                facts = _print_settings(options, preset, outdir, planned, dataset or nominal)
                 if dry_run:
-                    _print_prediction(options, plan.GPUS[gpu] if gpu else plan.gpu_at_hand(world.device), world, *shape)
+                    kind = gpu[1] if gpu else plan.gpu_at_hand(world.device)
+                    _print_prediction(options, kind, planned.size, *facts)
             if dry_run or dataset is None:
                 return
             show_progress = is_demo or sys.stderr.isatty()
@@ -222,11 +247,12 @@ def _print_settings(
     outdir: Path,
     world: World,
     dataset: data.Dataset | tuple[int, int, int],
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int, int, plan.Size]:
     """What is going to happen, in a dozen lines; ``dataset`` may be just (resolution, channels, label_dim). Returns
-    these and the number of parameters."""
+    these, the number of parameters, and the size of the images."""
     if isinstance(dataset, tuple):
         resolution, channels, label_dim = dataset
+        height = width = resolution
         label_dim = label_dim if options.cond else 0
         about = f"none given; assuming {resolution}x{resolution}, channels {channels}, label_dim {label_dim}"
     else:
@@ -267,29 +293,31 @@ def _print_settings(
         "torch": f"{torch.__version__}; ops: {ops}",
     }.items():
         click.echo(f"{name:<10}{text}")
-    return resolution, channels, label_dim, parameters
+    if options.snapshot and options.duration % options.snapshot:
+        last = options.duration // options.snapshot * options.snapshot
+        click.echo(f"WARNING: the last snapshot will be at {last:,} of {options.duration:,} images; --snapshot should "
+                   "divide --duration")  # fmt: skip
+    return resolution, channels, label_dim, parameters, (height, width)
 
 
 def _print_prediction(
     options: TrainOptions,
     gpu: plan.GPU | None,
-    world: World,
-    resolution: int,
-    channels: int,
-    label_dim: int,
-    parameters: int,
+    gpus: int,
+    *data_and_network: Any,
 ) -> None:
+    """What `plan.predict` says of a run on so many GPUs, of data and a network as `_print_settings` returns them."""
     if gpu is None:
         click.echo(f"predicted nothing without a GPU that is known; name one: --gpu {'|'.join(plan.GPUS)}")
         return
-    facts = (gpu, world.size, resolution, channels, label_dim, parameters)
+    facts = (gpu, gpus, *data_and_network)
     try:
         found = plan.predict(options, *facts)
         without = plan.predict(dataclasses.replace(options, recompute=False), *facts) if options.recompute else None
     except RuntimeError as error:
         click.echo(f"predicted nothing: {error}")
         return
-    for name, text in plan.describe(found, options):
+    for name, text in plan.describe(found, options, gpus):
         click.echo(f"{name:<10}{text}")
     if without is not None:
         click.echo(f"{'recompute':<10}{plan.describe_recompute(found, without)}")
@@ -308,10 +336,13 @@ def _say_what_next(options: TrainOptions, outdir: Path, nimg: int) -> None:
         return
     click.echo(f"the run in {outdir} is complete: {nimg:,} images")
     snapshots = sorted(outdir.glob("network-snapshot-*.safetensors"))
-    if snapshots:
-        click.echo(f"sample:  python -m python_train.generate --net {snapshots[-1]} --outdir {outdir}/out --seeds 0-63")
-        click.echo(f"tune the averaging length:  python -m python_train.reconstruct --indir {outdir} --outdir {outdir} "
-                   "--outstd 0.05,0.10,0.15")  # fmt: skip
+    if not snapshots or checkpoint.read_header(snapshots[-1])["nimg"] == 0:
+        return
+    sample = ["--net", str(snapshots[-1]), "--outdir", f"{outdir}/out", "--seeds", "0-63"]
+    sample += ["--vae", options.vae] if options.vae else []
+    tune = ["--indir", str(outdir), "--outdir", str(outdir), "--outstd", "0.05,0.10,0.15"]
+    click.echo(f"sample:  python -m python_train.generate {shlex.join(sample)}")
+    click.echo(f"tune the averaging length:  python -m python_train.reconstruct {shlex.join(tune)}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``folder``. What an earlier process wrote after ``start`` images is hidden and written again."""
+    """Event files in ``folder``. What an earlier process wrote after ``start`` images, or ever if that is 0, is hidden,
+    and written again."""
 
     def __init__(self, folder: Path, start: int) -> None:
         logging.getLogger("tensorflow").setLevel(logging.ERROR)  # tensorboard's stand-in for it speaks of itself
         from torch.utils.tensorboard import SummaryWriter  # whose imports take a second
 
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
 
     def write(self, nimg: int, stats: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
         for name, value in stats.items():

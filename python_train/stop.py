@@ -19,7 +19,8 @@ class Stopped(Exception):
 class StopRequest:
     """While active, the first of `SIGNALS` is remembered instead of ending the process; the second does what it did.
 
-    Outside of the main thread signals are left alone. ``error`` is set where this process cannot go on.
+    Outside of the main thread signals are left alone. ``error`` is set where this process cannot go on. ``group`` is
+    that of all processes by way of their CPUs, None for a world of one.
     """
 
     def __init__(self, world: World) -> None:
@@ -27,7 +28,7 @@ class StopRequest:
         self.signal: str | None = None
         self.error: Exception | None = None
         self._before: dict[int, object] = {}
-        self._group = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
+        self.group = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -52,8 +53,8 @@ class StopRequest:
         """Whether any process was asked to stop, or cannot go on; every process must call this, and gets the same
         answer."""
         here = self.signal is not None or self.error is not None
-        if self._group is None:
+        if self.group is None:
             return here
         asked = torch.tensor([here], dtype=torch.int32)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(asked)

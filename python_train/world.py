@@ -7,12 +7,15 @@ import dataclasses
 import gc
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from python_train import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,22 @@ class World:
         if self.size > 1:
             torch.distributed.broadcast(values, source)
         return values
+
+    def first(self, work: Callable[[], Result]) -> Result | None:
+        """Do ``work`` on rank 0, and return there what it returns, None elsewhere. Where it fails all processes end:
+        rank 0 by the error, the others, which would wait for it in vain, quietly (SystemExit)."""
+        result, failed = None, [False]
+        try:
+            result = work() if self.rank == 0 else None
+        except Exception:
+            failed = [True]
+            raise
+        finally:
+            if self.size > 1:
+                torch.distributed.broadcast_object_list(failed, src=0)
+        if failed[0]:
+            raise SystemExit(1)
+        return result
 
     def wait(self) -> None:
         """Return when all processes have come here."""
@@ -65,6 +84,8 @@ def open_world(device: str | None = None) -> Iterator[World]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"expected cpu or cuda, and not {chosen.type}")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {kind!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -23,6 +23,7 @@ from python_train.data.transforms import TRANSFORMS, Size
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 _SETTINGS: dict[str, Any] = {"max_content_width": 120}
 _PATH = click.Path(path_type=Path)
+_GOES_ON = "interrupted; the same command goes on from where it was"
 
 
 class _Resolution(click.ParamType):
@@ -36,7 +37,7 @@ class _Resolution(click.ParamType):
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def _reported(when_interrupted: str = "interrupted") -> Iterator[None]:
     """Turn errors that a person can act on into a message without a traceback."""
     try:
         yield
@@ -46,7 +47,7 @@ def _reported() -> Iterator[None]:
         hint = " (the disk is full)" if error.errno == errno.ENOSPC else ""
         raise click.ClickException(f"{error}{hint}") from error
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted") from None
+        raise click.ClickException(when_interrupted) from None
 
 
 def _echo_statistics(statistics: Statistics) -> None:
@@ -69,26 +70,29 @@ def main() -> None:
 @click.option("--transform", type=click.Choice(TRANSFORMS), default="none", show_default=True, help="none: resize the "
               "whole image. center-crop: its central square. center-crop-wide: central rows on a black square. "
               "center-crop-dhariwal: the central square as in the papers on ImageNet.")  # fmt: skip
+@click.option("--upright", is_flag=True, help="Turn photographs as their EXIF data say; the papers' data sets were "
+              "made without.")  # fmt: skip
 @click.option("--max-images", type=click.IntRange(min=1), help="Take only so many images, the first by name.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [one per processor]")
 def _convert(source: Path, dest: Path, **options: Any) -> None:
-    """Make the data set DEST, a ZIP if its name ends so, of the images in SOURCE, a folder or ZIP.
+    """Make the data set DEST, a ZIP if its name ends so and else a folder, of the images in SOURCE, a folder or ZIP.
 
-    Labels come from SOURCE's dataset.json, or from the names of its top-level folders if there are several. DEST
-    appears when it is whole; after an interruption the same command goes on from where it was.
+    Labels come from SOURCE's dataset.json, or from the names of its top-level folders if there are several. Images
+    become 8-bit RGB: of animations the first frame is taken, and transparency is dropped, so that what lay behind it
+    shows. DEST appears when it is whole; after an interruption the same command goes on from where it was.
 
     \b
     Photographs in class folders, for the 64x64 presets:
       python -m python_train.data convert photos/ photos64.zip --transform center-crop-dhariwal --resolution 64
     """
-    with _reported():
+    with _reported(_GOES_ON):
         result = convert(source, dest, progress=sys.stderr.isatty(), **options)
         width, height = result.size
         click.echo(f"{dest}: {result.written} images of {width}x{height} (width x height), labels: {result.label_kind}")
         if result.skipped:
             click.echo(f"left out {result.skipped} images that are too small")
-        if result.remark:
-            click.echo(f"WARNING: {result.remark}", err=True)
+        for remark in result.remarks:
+            click.echo(f"WARNING: {remark}", err=True)
 
 
 @main.command("check", context_settings=_SETTINGS)
@@ -139,12 +143,17 @@ def _encode(source: Path, dest: Path, vae: str, subfolder: str | None, device: s
     """Make the data set DEST of the latents of SOURCE, a data set of RGB images: mean and standard deviation of the
     posterior that a VAE gives each image in [0, 1].
 
-    Under torchrun the processes share the work. Keep SOURCE: metrics need its pixels.
+    DEST, a ZIP if its name ends so and else a folder, appears when it is whole; after an interruption the same command
+    goes on from where it was. Under torchrun the processes share the work. Keep SOURCE: metrics need its pixels.
+
+    \b
+    On 8 GPUs:
+      torchrun --standalone --nproc_per_node=8 -m python_train.data encode photos512.zip latents.zip
     """
     from python_train.data.latents import encode, open_vae
     from python_train.world import open_world
 
-    with _reported(), open_world(device) as world:
+    with _reported(_GOES_ON), open_world(device) as world:
         model = open_vae(vae, subfolder)
         result = encode(source, dest, model, vae, world=world, progress=sys.stderr.isatty(), **options)
         if result is None:

@@ -320,6 +320,15 @@ def find_labels(names: Sequence[str], index: Index | None) -> Labels:
     return Labels(np.array([number.get(folder, -1) for folder in folders], dtype=np.int64), classes, problems)
 
 
+def classes_within(names: Sequence[str]) -> str | None:
+    """The one top-level folder that holds all items, if its own folders look like classes a level too deep."""
+    parts = [PurePosixPath(name).parts for name in names]
+    tops, folders = {part[0] for part in parts}, {part[1] for part in parts if len(part) > 2}
+    if len(tops) == 1 and len(folders) > 1 and not any(_NUMBERED.search(name) for name in names):
+        return tops.pop()
+    return None
+
+
 def _labels_of_index(names: Sequence[str], index: Index) -> Labels:
     by_name, problems = dict(index.labels or []), []
     if len(by_name) < len(index.labels or []):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
+import warnings
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 
 from python_train import UserError
 
@@ -46,8 +51,16 @@ def open_image(data: bytes) -> PIL.Image.Image:
     return image
 
 
-def decode_rgb(where: str, data: bytes) -> PIL.Image.Image:
-    """An image file as 8-bit RGB (spec 8.3: transparency is dropped, not blended).
+class Picture(NamedTuple):
+    """A decoded image, and whether its EXIF data say that it lies on its side or its head."""
+
+    image: PIL.Image.Image
+    lying: bool
+
+
+def decode_rgb(where: str, data: bytes, upright: bool = False) -> Picture:
+    """An image file as 8-bit RGB (spec 8.3: transparency is dropped, not blended; the EXIF orientation is left alone,
+    unless ``upright``).
 
     Raises UserError, starting with ``where``, for damaged files and for those with more than 8 bits per channel.
     """
@@ -55,9 +68,20 @@ def decode_rgb(where: str, data: bytes) -> PIL.Image.Image:
         with open_image(data) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits per channel (Pillow's mode {image.mode}): convert it first")
-            return image.convert("RGB")
+            lying = _orientation(image) in range(2, 9)
+            if lying and upright:
+                return Picture(PIL.ImageOps.exif_transpose(image).convert("RGB"), False)
+            return Picture(image.convert("RGB"), lying)
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(f"{where} cannot be decoded ({error})") from error
+
+
+def _orientation(image: PIL.Image.Image) -> object:
+    """The EXIF orientation; 1, upright, where there is none or it cannot be read."""
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged EXIF data
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def decode_array(where: str, name: str, data: bytes) -> np.ndarray:

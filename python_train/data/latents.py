@@ -46,7 +46,9 @@ def open_vae(name: str, subfolder: str | None = None) -> torch.nn.Module:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError("VAEs are read by diffusers, which is missing: pip install 'edm2ext[vae]'") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "diffusers"
+        why = "is missing" if missing else f"cannot be imported ({str(error).strip().splitlines()[0]})"
+        raise UserError(f"VAEs are read by diffusers, which {why}: pip install 'edm2ext[vae]'") from error
     try:
         vae = diffusers.AutoModel.from_pretrained(
             name, subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False

@@ -14,7 +14,7 @@ import tqdm
 from torch import Tensor
 
 from python_train import UserError
-from python_train.data.container import INDEX, Problem, Source, Statistics, find_labels, read_index
+from python_train.data.container import INDEX, Problem, Source, Statistics, classes_within, find_labels, read_index
 from python_train.data.encoders import VAE_MEAN, Encoder, LatentEncoder, PixelEncoder, StandardizedEncoder
 from python_train.data.images import decode_array, is_item
 
@@ -275,7 +275,10 @@ def _open_archive(path: str | os.PathLike[str], cond: bool, xflip: bool) -> Imag
         raise UserError(f"no such data set: {path} (give a folder, a ZIP file, or '{DIGITS}')")
     dataset = ImageArchive(path, cond, xflip)
     if cond and dataset.label_dim == 0:
+        top = classes_within(dataset.names)
         raise UserError(
-            f"{path} has no labels: neither a dataset.json nor several class folders; --uncond trains without"
+            f"{path} has no labels: neither a dataset.json nor several class folders"
+            + (f" (those in {top}/ are a level too deep)" if top else "")
+            + "; --uncond trains without"
         )
     return dataset

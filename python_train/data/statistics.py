@@ -96,16 +96,17 @@ def _measure_part(source: Source) -> tuple[str, int, Moments]:
 
 
 def store(path: str | os.PathLike[str], statistics: Statistics) -> None:
-    """Write the statistics into the data set's ``dataset.json``; a ZIP is copied for that, and replaced at the end."""
+    """Write the statistics into the data set's ``dataset.json``, with the labels of class folders; a ZIP is copied for
+    that, and replaced at the end. Raises UserError for an item that is in none of the class folders."""
     source = Source(path, is_item)
     source.require_sound()
     index = read_index(source)
     if index is None:
         names = [name for name in source.names if name != INDEX]
         labels, class_names, problems = find_labels(names, None)
-        index = Index()
-        if labels is not None and not problems:
-            index = Index(list(zip(names, labels.tolist(), strict=True)), class_names)
+        if problems:  # with a dataset.json folders are no classes any more
+            raise UserError(f"{source.path}: {problems[0].name} {problems[0].reason}: the labels would be lost")
+        index = Index() if labels is None else Index(list(zip(names, labels.tolist(), strict=True)), class_names)
         content = json.loads(index.to_json())
     else:
         content = json.loads(source.read(INDEX))

@@ -53,6 +53,14 @@ def test_unknown_preset_lists_them() -> None:
         make_options("img32")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("img64s", "img64-s"), ("IMG512-XXL", "img512-xxl"), ("edm2-img512-s", "img512-s")]
+)
+def test_a_preset_that_is_nearly_one(name: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown preset '{name}' \(did you mean {meant}\?\); the presets are"):
+        make_options(name)
+
+
 @pytest.mark.parametrize(("text", "nimg"), [("0", 0), ("4096", 4096), ("128Ki", 2**17), ("8Mi", 2**23), ("2Gi", 2**31)])
 def test_nimg(text: str, nimg: int) -> None:
     assert parse_nimg(text) == nimg
@@ -86,6 +94,9 @@ def test_ints() -> None:
         ({"batch": 0}, 1, "batch must be positive, got 0"),
         ({"lr": -1.0}, 1, "lr must be positive, got -1.0"),
         ({"lr": float("nan")}, 1, "lr must be positive"),
+        ({"P_std": float("inf")}, 1, "P_std must be positive, got inf"),
+        ({"P_mean": float("nan")}, 1, "P_mean must be a finite number, got nan"),
+        ({"decay": float("inf")}, 1, "decay must be a finite number, got inf"),
         ({"batch_gpu": -2}, 1, "batch_gpu must be positive"),
         ({"dropout": 1.0}, 1, "dropout"),
         ({"precision": "fp8"}, 1, "precision must be one of fp32, fp16, bf16, got 'fp8'"),

@@ -170,6 +170,16 @@ def test_statistics_keep_the_labels_of_class_folders(tmp_path: Path) -> None:
     assert np.array_equal(after.labels, before.labels)
 
 
+def test_statistics_do_not_lose_the_labels_of_class_folders(tmp_path: Path) -> None:
+    for i, folder in enumerate(["a", "b", "."]):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        PIL.Image.fromarray(pixels(i)).save(tmp_path / folder / f"{i}.png")
+    result = run("stats", tmp_path, "--workers", 1)
+    assert result.exit_code == 1
+    assert "2.png is in none of the class folders (a, b): the labels would be lost" in result.output
+    assert not (tmp_path / "dataset.json").exists()
+
+
 def test_processes_sum_alike(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("python_train.data.statistics.CHUNK", 2)
     assert measure(images, workers=2) == measure(images, workers=1)

@@ -6,18 +6,22 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click.testing
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 from PIL.Image import Resampling
+from runs import children
 
 from python_train import UserError
 from python_train.data import container, open_dataset, staging
@@ -134,7 +138,7 @@ def test_transforms_that_cannot_be(name: str, size: tuple[int, int] | None, mess
 def test_container(photos: Path, tmp_path: Path, dest_name: str, transform: str) -> None:
     dest = tmp_path / dest_name
     result = convert(photos, dest, transform, (16, 16), workers=1)
-    assert result == (6, 0, (16, 16), "index", "")
+    assert result == (6, 0, (16, 16), "index", [])
     content = files(dest)
     assert sorted(content) == [*(f"00000/img{i:08d}.png" for i in range(6)), "dataset.json"]
     index = json.loads(content["dataset.json"])
@@ -160,11 +164,25 @@ def test_labels_of_a_source_with_json_and_a_cap(photos: Path, tmp_path: Path) ->
     assert open_dataset(tmp_path / "a.zip").shape == (3, 4, 8)
     (photos / "dataset.json").write_text(json.dumps({"labels": [[name, 1] for name in names[1:]]}))
     result = convert(photos, tmp_path / "b.zip", "none", (8, 4), workers=1)
-    assert result.remark == f"1 of 6 images have no label, such as {names[0]}: none is kept"
+    assert result.remarks == [f"1 of 6 images have no label, such as {names[0]}: none is kept"]
     assert json.loads(files(tmp_path / "b.zip")["dataset.json"]) == {"labels": None}
     (photos / "dataset.json").write_text(json.dumps({"labels": [[name, -1] for name in names]}))
     with pytest.raises(UserError, match=r"ant/0\.png has the label -1; expected a class number"):
         convert(photos, tmp_path / "c.zip", "none", (8, 4), workers=1)
+
+
+def test_class_folders_a_level_too_deep_are_told(photos: Path, tmp_path: Path) -> None:
+    """As in a ZIP of a folder."""
+    result = convert(photos.parent, tmp_path / "a", "none", (8, 8), workers=1)
+    assert (result.written, result.label_kind) == (6, "none")
+    assert result.remarks == ["the folders in photos/ are not taken as classes: only those at the top are"]
+    assert convert(tmp_path / "a", tmp_path / "b", workers=1).remarks == []  # the container's own folders
+    for path in photos.rglob("*.*"):
+        photo(8, 8).save(path)
+    for copy in ("a", "b"):
+        shutil.rmtree(tmp_path / copy)
+    with pytest.raises(UserError, match=r"nor several class folders \(those in photos/ are a level too deep\)"):
+        open_dataset(tmp_path)
 
 
 def test_small_images_are_left_out(photos: Path, tmp_path: Path) -> None:
@@ -245,6 +263,38 @@ def test_killed_worker_is_reported() -> None:
         list(staging.in_processes(_die, [1, 2], 2))
 
 
+_SLEEP = """
+import signal, time
+from python_train.data import staging
+signal.signal(signal.SIGINT, signal.default_int_handler)
+list(staging.in_processes(time.sleep, [300.0] * 8, 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_they_work_for(number: signal.Signals) -> None:
+    """At once, not when they are done with what they have begun."""
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    def workers() -> list[int]:
+        return [pid for server in children(process.pid) for pid in children(server)]
+
+    process = subprocess.Popen([sys.executable, "-c", _SLEEP], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(workers()) == 2)
+        found = workers()
+        process.send_signal(number)
+        assert process.wait(60) != 0
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in found))
+    finally:
+        process.kill()
+
+
 def test_item_names() -> None:
     assert container.item_name(0) == "00000/img00000000.png"
     assert container.item_name(1234567, ".npy", "img-mean-std-") == "01234/img-mean-std-01234567.npy"
@@ -255,6 +305,42 @@ def test_16_bit_images_are_refused(tmp_path: Path) -> None:
     PIL.Image.fromarray(np.full([8, 8], 40000, np.uint16)).save(tmp_path / "in" / "0.png")
     with pytest.raises(UserError, match=r"0\.png cannot be decoded \(more than 8 bits per channel"):
         convert(tmp_path / "in", tmp_path / "a.zip", workers=1)
+
+
+def test_all_damaged_images_are_named_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "CHUNK", 2)
+    for name in ("ant/0.png", "ant/1.png", "bee/4.bmp"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:40])
+    with pytest.raises(UserError) as error:
+        convert(photos, tmp_path / "a.zip", "center-crop", (8, 8), workers=1)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "3 images cannot be read:"
+    assert [line.partition(": ")[2].split()[0] for line in lines[1:]] == ["ant/0.png", "ant/1.png", "bee/4.bmp"]
+    assert len(list((tmp_path / ".a.zip.partial").glob("chunk-*"))) == 1  # of the third and fourth
+    for name in ("ant/0.png", "ant/1.png", "bee/4.bmp"):
+        (photos / name).unlink()
+    assert convert(photos, tmp_path / "a.zip", "center-crop", (8, 8), workers=1).written == 3
+    many = [str(i) for i in range(30)]
+    assert conversion._listed(many).splitlines()[-1] == "  ... and 10 more"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_photographs_that_lie_on_their_side(tmp_path: Path, suffix: str) -> None:
+    """As the camera stored them, as in the papers' data; or as it held them."""
+    upright = PIL.Image.new("RGB", (16, 32), (200, 0, 0))
+    upright.paste((0, 0, 200), (0, 0, 16, 8))  # blue at the top
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    (tmp_path / "in").mkdir()
+    upright.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "in" / f"0.{suffix}", exif=exif)
+    lying = convert(tmp_path / "in", tmp_path / "a", workers=1)
+    assert lying.size == (32, 16)
+    assert lying.remarks == [
+        f"1 images lie on their side, as their EXIF data say, such as 0.{suffix}: --upright turns them"
+    ]
+    assert convert(tmp_path / "in", tmp_path / "b", upright=True, workers=1)[2:] == ((16, 32), "none", [])
+    red, _, blue = PIL.Image.open(tmp_path / "b" / "00000" / "img00000000.png").getpixel((8, 1))
+    assert blue > 150 > 50 > red
 
 
 def test_command(photos: Path, tmp_path: Path) -> None:

@@ -151,6 +151,11 @@ def test_without_diffusers(images: Path, tmp_path: Path, monkeypatch: pytest.Mon
     result = click.testing.CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert "diffusers, which is missing: pip install 'edm2ext[vae]'" in result.output
+    (tmp_path / "diffusers.py").write_text("import something_it_needs")
+    monkeypatch.delitem(sys.modules, "diffusers")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"diffusers, which cannot be imported .*something_it_needs"):
+        open_vae("any")
 
 
 @pytest.mark.filterwarnings("default")  # diffusers' own

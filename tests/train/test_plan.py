@@ -1,6 +1,7 @@
 """Predictions of what a run will take."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,9 +48,38 @@ def test_prediction_is_consistent() -> None:
     expected = found.flops_per_image * found.images_per_second / 2 / (gpu.tflops_16 * 1e12)
     assert found.mfu == pytest.approx(expected)
     assert found.peak_memory < found.gpu.memory * 2**30
-    assert found.fixed_memory >= plan.parameter_bytes(options, PARAMETERS, 2) == PARAMETERS * (6 * 4 + 2)
+    assert found.peak_memory >= plan.parameter_bytes(options, PARAMETERS, 2) == PARAMETERS * (6 * 4 + 2)
     slower = plan.predict(options, plan.GPU("slow", 1, 10, 1, 0.1), 2, *DIGITS, PARAMETERS)
     assert slower.images_per_second < found.images_per_second / 5
+
+
+@needs_kernels
+@pytest.mark.parametrize(("gigabytes", "recompute"), [(1.0, False), (0.035, False), (0.035, True)])
+def test_largest_micro_batch_fits_and_hardly_more_does(gigabytes: float, recompute: bool) -> None:
+    """Whether activations or gradients take most of the memory, and whatever number at a time is planned."""
+    options = make_options("digits", batch=4096, precision="fp16", model_channels=64, recompute=recompute)
+    gpu = plan.GPU("small", gigabytes, 100, 10, 1)
+    found = {
+        plan.predict(replace(options, batch_gpu=n), gpu, 1, *DIGITS, PARAMETERS).largest_micro_batch for n in (1, 64)
+    }
+    (largest,) = found
+    sizes = (largest, round(1.2 * largest))
+    below, above = plan.count_rounds(options, *DIGITS, sizes)
+    room = plan.FREE_MEMORY * gigabytes * 2**30 - plan.parameter_bytes(options, PARAMETERS, 1)
+    assert 0 < below.peak <= room < above.peak
+
+
+@needs_kernels
+def test_what_does_not_fit() -> None:
+    options = make_options("digits", batch=120, precision="fp16")
+    big, small = (
+        plan.predict(options, plan.GPU("g", size, 100, 10, 1), 1, *DIGITS, PARAMETERS) for size in (0.04, 0.001)
+    )
+    assert 1 < big.largest_micro_batch < 120
+    text = dict(plan.describe(big, options, 1))["memory"]
+    assert f"DOES NOT FIT: at most {big.largest_micro_batch} images at a time do, such as --batch-gpu " in text
+    assert 120 % int(text.split()[-1]) == 0
+    assert dict(plan.describe(small, options, 1))["memory"].endswith("DOES NOT FIT, however few images at a time")
 
 
 @needs_kernels
@@ -57,6 +87,59 @@ def test_arithmetic_of_a_preset_is_the_published_one() -> None:
     """Forward and backward of EDM2-S: three times the papers' count, at 2 flops a multiply-add (spec 3.6)."""
     one, _ = plan.count_rounds(make_options("img512-s"), 64, 4, 1000, (1, 2))
     assert one.flops == pytest.approx(3 * 2 * (100.225e9 + 0.579e9), rel=0.01)
+
+
+@needs_kernels
+def test_images_that_are_not_square() -> None:
+    """Half as high, half the work (but for what does not depend on the pixels)."""
+    options = make_options("digits", precision="fp16")
+    (square,), (wide,) = (plan.count_rounds(options, 16, 4, 10, (64,), size) for size in (None, (8, 16)))
+    assert 0.4 < wide.flops / square.flops < 0.55
+    assert 0.4 < wide.peak / square.peak < 0.6
+    facts = (plan.GPUS["H100"], 1, 16, 4, 10, PARAMETERS)
+    assert plan.predict(options, *facts, (8, 16)).flops_per_image < 0.55 * plan.predict(options, *facts).flops_per_image
+    problems = plan.convolutions(options, 16, 4, 10, 3, (8, 16))
+    assert {(problem.height, problem.width) for problem in problems} == {(8, 16), (4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("duration", "checkpoint", "keep", "keep_every", "kept"),
+    [
+        (8192, 1024, 3, 0, [6144, 7168, 8192]),
+        (8192, 1024, 3, 2048, [2048, 4096, 6144, 7168, 8192]),
+        (8192, 1024, 0, 2048, range(1024, 8193, 1024)),
+        (8192, 1024, 20, 0, range(1024, 8193, 1024)),
+        (7680, 1024, 1, 2048, [2048, 4096, 6144, 7680]),
+        (7680, 1024, 2, 7168, [7168, 7680]),
+        (7680, 8192, 3, 0, [7680]),
+        (8192, 0, 3, 0, []),
+    ],
+)
+def test_training_states_that_are_kept(
+    duration: int, checkpoint: int, keep: int, keep_every: int, kept: list[int]
+) -> None:
+    options = make_options(
+        "digits", batch=512, duration=duration, checkpoint=checkpoint, keep=keep, keep_every=keep_every
+    )
+    assert plan.states_kept(options) == len(kept)
+
+
+def test_dry_run_of_several_gpus() -> None:
+    arguments = ["--dry-run", "--preset", "img512-xxs", "--batch-gpu", "32", "--precision", "auto"]
+    result = CliRunner().invoke(run.main, [*arguments, "--gpu", "8xH100"])
+    assert result.exit_code == 0, result.output
+    assert "(8 processes x 8 rounds x 32)" in result.output
+    assert "fp16" in result.output
+    if edm2ext.build_info()["cuda_compiled"]:
+        assert "images/s on 8 GPUs, " in result.output
+    for value, message in (("3xH100", "batch 2048 is not divisible by the 3 processes"), ("0xH100", "expected one of"),
+                           ("8xB200", "expected one of A100-40GB, "), ("8x", "expected one of")):  # fmt: skip
+        result = CliRunner().invoke(run.main, [*arguments, "--gpu", value])
+        assert result.exit_code != 0
+        assert message in result.output.replace("\n", " ")
+    result = CliRunner().invoke(run.main, ["--gpu", "H100"])
+    assert result.exit_code == 1
+    assert "--gpu says what --dry-run shall count on" in result.output
 
 
 def test_dry_run_of_a_named_gpu() -> None:

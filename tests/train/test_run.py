@@ -82,6 +82,8 @@ def test_dry_run_of_the_demo() -> None:
             "the network does not fit the data: UNet: img_resolution 8 is not divisible by 16",
         ),
         ("--device tpu", "device 'tpu' cannot be used here"),
+        ("--device meta", "device 'meta' cannot be used here: expected cpu or cuda, and not meta"),
+        ("--init-from a/training-state-0000001.pt", "is a training state; what is needed is a snapshot"),
         ("--device cuda:99", "device 'cuda:99' cannot be used here"),
         ("--precision fp8", "'fp8' is not one of"),
         ("--lr x", "'x' is not a valid float"),
@@ -109,6 +111,32 @@ def test_short_run_resume_and_refusal() -> None:
     assert "options.lr: 0.01 -> 0.5" in refused.output
     more = invoke(*SHORT.split(), "--outdir", "out", "--duration", "4Ki", "--slice", "1Ki")
     assert "stopped at 3,072 of 4,096 images; the same command continues" in more.output
+
+
+def test_what_to_do_next(tmp_path: Path) -> None:
+    """Commands that a shell takes; none for a network that has seen nothing."""
+    result = invoke(*SHORT.split(), "--outdir", "my run")
+    name = "my run/network-snapshot-0000001-0.100.safetensors"
+    assert f"python_train.generate --net '{name}' --outdir 'my run/out' --seeds 0-63" in result.output
+    result = invoke(*SHORT.split(), "--snapshot", "2Ki", "--outdir", "out")
+    assert list(Path("out").glob("network-snapshot-0000000-*"))
+    assert "the run in out is complete" in result.output
+    assert "python_train.generate" not in result.output
+
+
+def test_no_snapshot_at_the_end_is_told() -> None:
+    intervals = "--batch 1024 --duration 24Ki --snapshot 10Ki --status 1Ki --sample 0 --checkpoint 0"
+    result = invoke("-n", *intervals.split())
+    assert "WARNING: the last snapshot will be at 20,480 of 24,576 images; --snapshot should divide" in result.output
+    assert "WARNING" not in invoke("-n").output
+
+
+def test_name_of_a_run_on_the_present_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    result = invoke("-n", "--data", ".", "--channels", "8")
+    assert f"runs/{tmp_path.name}: " in result.output
 
 
 def test_directory_of_something_else(tmp_path: Path) -> None:

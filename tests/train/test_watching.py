@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from python_train import UserError, data, loop, noise_levels, sample_grids, sinks
+from python_train import UserError, data, loop, noise_levels, sample_grids
 from python_train.config import TrainOptions
 from python_train.network import Precond
+from python_train.probe import Probe
+from python_train.saving import Saver
 
 TINY = TrainOptions(
     model_channels=8,
@@ -53,6 +55,19 @@ def test_error_of_a_network_that_knows_only_mean_and_variance() -> None:
         with torch.no_grad():
             _, u = net(images[:1], level.sigma, return_logvar=True)
         assert level.expected == pytest.approx(float(u.exp()), rel=1e-5)
+
+
+def test_what_is_measured_on_is_of_all_classes(tmp_path: Path) -> None:
+    """Of a set in the order of its classes, mirrored images among it."""
+    for i in range(4 * 30):
+        path = tmp_path / "abcd"[i // 30] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), i).save(path)
+    dataset = data.open_dataset(tmp_path, xflip=True)
+    probe = Probe(dataset, dataset.encoder(), torch.device("cpu"), [1.0])
+    assert len(set(probe.indices)) == 32
+    assert np.bincount([dataset.label(i).argmax() for i in probe.indices]).tolist() == [8, 8, 8, 8]
+    assert sum(i < dataset.num_stored for i in probe.indices) == 16
 
 
 def test_training_levels() -> None:
@@ -103,17 +118,21 @@ def test_drawing_changes_nothing(tmp_path: Path) -> None:
     ][1:]
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = dataclasses.replace(TINY, tensorboard=True, sample=2048)
+    with monkeypatch.context() as patch:  # it ends before there is a training state, and begins anew
+        patch.setattr(Saver, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            loop.train(options, data.open_dataset("digits"), tmp_path)
     loop.train(dataclasses.replace(options, slice=1024), data.open_dataset("digits"), tmp_path)
     loop.train(options, data.open_dataset("digits"), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     written = {event.step: event.value for event in events.Scalars("Loss/learning_rate")}
     expected = {round(1000 * e["Progress/kimg"]): e["Loss/learning_rate"] for e in stats_of(tmp_path)}
-    assert sorted(written) == [0, 1024, 2048]
+    assert [event.step for event in events.Scalars("Loss/learning_rate")] == [0, 1024, 2048]
     assert written == pytest.approx(expected, rel=1e-5)
     assert [event.step for event in events.Images("Samples/0.050")][-1] == 2048
     assert any(tag.startswith("Noise/") for tag in events.Tags()["scalars"])
@@ -149,10 +168,11 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert logged[1][1]["Samples/0.050"][0] == "image"
 
 
-def test_wandb_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'edm2ext\[wandb\]'"):
-        sinks.import_wandb()
+        loop.train(dataclasses.replace(TINY, wandb="project"), data.open_dataset("digits"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
