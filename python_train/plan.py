@@ -27,9 +27,8 @@ from python_train.world import World
 
 PEAK_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
 FREE_MEMORY = 0.92  # of the GPU's, left by its driver, the allocator's gaps and the workspaces of libraries
-MANY = (
-    256  # images at a time, with which a step's memory peaks where the backward pass begins: activations, few gradients
-)
+# Images at a time with which a step's memory peaks where the backward pass begins: activations, few gradients.
+MANY = 256
 
 
 # What the presets' names say they are for: resolution, channels and label_dim (spec 1.1, 1.2). A dry run without --data
