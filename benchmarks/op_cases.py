@@ -151,7 +151,7 @@ def weight_cases(weights: list[Tensor]) -> Iterator[Case]:
         yield Case(f"accumulate_snapshots {label}", forward(ops.accumulate_snapshots, inputs, coefs))
         compensated = partial(ops.accumulate_snapshots, compensated=True)
         yield Case(f"accumulate_snapshots, compensated {label}", forward(compensated, inputs, coefs))
-        out = torch.empty(6, 1 << 20, dtype=dtype)
+        out = torch.empty(6, 1 << 20, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
         yield Case(f"sum_snapshots {label}", forward(sum_snapshots, inputs, torch.from_numpy(coefs), out))
 
 
