@@ -62,7 +62,8 @@ def count_step(
 
 def _adam_takes_meta() -> contextlib.AbstractContextManager:
     """torch's fused Adam asks for a device that has it; on meta tensors it would run as well."""
-    return mock.patch("torch.optim.adam._device_dtype_check_for_fused")
+    module = sys.modules[torch.optim.Adam.__module__]  # torch.optim deletes its name
+    return mock.patch.object(module, "_device_dtype_check_for_fused")
 
 
 def _line(*cells: object) -> str:
