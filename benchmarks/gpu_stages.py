@@ -168,11 +168,16 @@ def _has_module(name: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
 
 
+_NOTHING_RAN = 5  # pytest's status where all tests were skipped
+
+
 def tests(*arguments: str) -> Callable[[float], Outcome]:
     def work(seconds: float) -> Outcome:
         workers = ["-n", str(min(8, os.cpu_count() or 1))] if _has_module("xdist") else []
         command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20", *workers, *arguments)
-        return judged(*run(command, seconds, PYTHONPATH=PATHS), r"\d+ (?:passed|failed|skipped|error)[^\n]*")
+        status, text = run(command, seconds, PYTHONPATH=PATHS)
+        outcome = judged(status, text, r"\d+ (?:passed|failed|skipped|error)[^\n]*")
+        return Outcome("not measured", outcome.detail) if status == _NOTHING_RAN else outcome
 
     return work
 

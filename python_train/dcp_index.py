@@ -31,6 +31,7 @@ _NAMES = {
 
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 writes it
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and (module, name) not in _NAMES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")

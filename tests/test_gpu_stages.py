@@ -68,6 +68,11 @@ def test_what_a_command_said():
     )
 
 
+def test_tests_that_are_all_skipped_measure_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_stages, "run", lambda *arguments, **options: (5, "1 skipped in 0.1s"))
+    assert gpu_stages.tests("tests/gpu")(10) == Outcome("not measured", "1 skipped in 0.1s")
+
+
 def test_every_case_beside_torch_has_its_rows_without_a_gpu(tmp_path: Path):
     file = tmp_path / "rows.json"
     arguments = ["--dry-run", "--only", "NCHW, float32", "--json", str(file)]
