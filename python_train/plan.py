@@ -213,7 +213,7 @@ def predict(
     memory_per_image = (more.peak - many.peak) / MANY
     room = FREE_MEMORY * gpu.memory * 2**30 - fixed
     largest = max(0, int((room - many.peak) / memory_per_image) + MANY)
-    if 0 < largest < MANY:  # so few that the memory may peak elsewhere, and is more than on that line
+    if largest > 0:  # of few the memory may peak elsewhere, and the parts of split sums are not in proportion
         few, found = count_rounds(options, *facts, (1, largest), size)
         if found.peak > room:
             largest = max(0, int(1 + (room - few.peak) / (found.peak - few.peak) * (largest - 1)))
